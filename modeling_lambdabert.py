@@ -1,0 +1,761 @@
+"""LambdaBERT: BERT with lambda layers in place of self-attention.
+
+The classes subclass those of `transformers`' BERT and keep their parameter names, so that a BERT checkpoint loads its
+embeddings, feed-forward layers, pooler and heads. What differs is `LambdaLayer`, at
+`bert.encoder.layer[i].attention.self`.
+
+Shapes: B batch, N tokens, D hidden_size, K key_depth, V = D / num_lambda_queries.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.bert.modeling_bert import (
+    BertAttention,
+    BertEmbeddings,
+    BertEncoder,
+    BertIntermediate,
+    BertLayer,
+    BertOnlyMLMHead,
+    BertOnlyNSPHead,
+    BertOutput,
+    BertPooler,
+    BertPreTrainingHeads,
+    BertSelfOutput,
+)
+from transformers.pytorch_utils import apply_chunking_to_forward
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+try:  # the flat form serves this repository, the relative one a saved model's folder
+    from .configuration_lambdabert import LambdaBertConfig
+    from .lambda_layer import LambdaLayer
+except ImportError:
+    if __package__:
+        raise
+    from configuration_lambdabert import LambdaBertConfig
+    from lambda_layer import LambdaLayer
+
+
+@dataclass
+class LambdaBertModelOutput(ModelOutput):
+    """Output of `LambdaBertModel`.
+
+    last_hidden_state: [B, N, D]
+    pooler_output: [B, D], or None without a pooling layer.
+    hidden_states: the embeddings and every layer's output, [B, N, D] each, if asked for.
+    lambda_params: every layer's content lambda, [B, K, V] each, if asked for.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    lambda_params: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LambdaBertForPreTrainingOutput(ModelOutput):
+    """Output of the pretraining models.
+
+    loss: the sum of the parts whose labels were given, a scalar.
+    prediction_logits: [B, N, vocab_size]; of the masked tokens alone in a Trainer's training step.
+    seq_relationship_logits: [B, 2]
+    hidden_states, lambda_params: as in `LambdaBertModelOutput`.
+    mlm_loss, nsp_loss, sop_loss: the parts of the loss, scalars.
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_logits: torch.Tensor | None = None
+    seq_relationship_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    lambda_params: tuple[torch.Tensor, ...] | None = None
+    mlm_loss: torch.Tensor | None = None
+    nsp_loss: torch.Tensor | None = None
+    sop_loss: torch.Tensor | None = None
+
+
+@dataclass
+class LambdaBertHeadOutput(ModelOutput):
+    """Output of the models with one head; the shape of the logits is the head's."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    lambda_params: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LambdaBertQuestionAnsweringOutput(ModelOutput):
+    """Output of `LambdaBertForQuestionAnswering`; the logits are [B, N] each."""
+
+    loss: torch.Tensor | None = None
+    start_logits: torch.Tensor | None = None
+    end_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    lambda_params: tuple[torch.Tensor, ...] | None = None
+
+
+class LambdaBertEmbeddings(BertEmbeddings):
+    """BERT's embeddings, which refuse what exceeds their position table before looking anything up."""
+
+    def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        limit = self.position_embeddings.num_embeddings
+        if position_ids is None and length > limit:
+            raise ValueError(
+                f"The sequence has {length} tokens, but max_position_embeddings={limit}: shorten the input (a "
+                f"tokenizer does with truncation=True, max_length={limit}) or use a model with a larger "
+                "max_position_embeddings."
+            )
+        if position_ids is not None and not torch.compiler.is_compiling() and not position_ids.is_meta:
+            highest = int(position_ids.max())
+            if highest >= limit:
+                raise ValueError(
+                    f"position_ids go up to {highest}, but max_position_embeddings={limit} bounds them to "
+                    f"{limit - 1}: lower them or use a model with a larger max_position_embeddings."
+                )
+        return super().forward(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )
+
+
+class LambdaBertAttention(BertAttention):
+    """A lambda layer, its output projection and the residual."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)  # BertAttention's own would build self-attention
+        self.self = LambdaLayer(config)
+        self.output = BertSelfOutput(config)
+
+    def forward(self, hidden_states, attention_mask=None):
+        context, _ = self.self(hidden_states, attention_mask)
+        return self.output(context, hidden_states)
+
+
+class LambdaBertLayer(BertLayer):
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
+        self.seq_len_dim = 1
+        self.attention = LambdaBertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(self, hidden_states, attention_mask=None):
+        hidden_states = self.attention(hidden_states, attention_mask)
+        return apply_chunking_to_forward(
+            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
+        )
+
+
+class LambdaBertEncoder(BertEncoder):
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.layer = nn.ModuleList([LambdaBertLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states, attention_mask=None):
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+
+class LambdaBertPreTrainedModel(BertPreTrainedModel):
+    """Base of all models: weights' initialisation, loading and saving, and which outputs can be recorded."""
+
+    config_class = LambdaBertConfig
+    base_model_prefix = "bert"
+    _no_split_modules = ["LambdaBertEmbeddings", "LambdaBertLayer"]
+    _supports_flash_attn = False
+    _supports_sdpa = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_record_outputs = {"hidden_states": LambdaBertLayer, "lambda_params": LambdaLayer}
+
+    def __init__(self, config):
+        config.validate()  # fields may have been set after the config was made
+        BertPreTrainedModel.__init__(self, config)  # not the Bert class's own, which would build self-attention
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LambdaLayer):
+            module.reset_parameters()
+        elif hasattr(module, "init_std"):  # a lambda layer's projection; of a layer, one weight alone may be missing
+            init.normal_(module.weight, std=module.init_std)
+
+
+class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
+    """The encoder, with a pooling layer unless `add_pooling_layer=False`.
+
+    Args:
+        config: a `LambdaBertConfig`.
+        add_pooling_layer: whether `pooler_output` is computed.
+    """
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__(config)
+        self.embeddings = LambdaBertEmbeddings(config)
+        self.encoder = LambdaBertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertModelOutput:
+        """Encodes a batch.
+
+        Args:
+            input_ids: [B, N]; or give `inputs_embeds`.
+            attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens.
+            token_type_ids: [B, N], 0 for the first segment, 1 for the second; None = 0.
+            position_ids: [B, N] or [1, N]; None = 0 ... N - 1, counted from the row's first place.
+            inputs_embeds: [B, N, D], in place of the word embeddings.
+            kwargs: `output_hidden_states`, `output_lambda_params` and `return_dict`, each in place of the config's.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N]; more tokens than
+                `max_position_embeddings`; attention weights asked for.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                "output_attentions=True: a lambda layer has no attention weights; its content lambdas are returned "
+                "with output_lambda_params=True."
+            )
+        hidden_states = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        hidden_states = self.encoder(hidden_states, attention_mask).last_hidden_state
+        pooler_output = None
+        if self.pooler is not None:
+            pooler_output = self.pooler(_first_token(hidden_states, attention_mask))
+        return LambdaBertModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
+
+
+def _first_token(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The first real token of each row, [B, 1, D]; padding may stand before it."""
+    if attention_mask is None:
+        return hidden_states[:, :1]
+    first = attention_mask.bool().to(torch.uint8).argmax(dim=1).to(hidden_states.device)
+    return hidden_states.take_along_dim(first[:, None, None], dim=1)
+
+
+def _mean(losses: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    """Sum of the losses over their number; 0 where there are none."""
+    return losses.sum() / torch.as_tensor(count, device=losses.device).clamp(min=1)
+
+
+def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each label, in float32 at least; 0 where the label is -100.
+
+    Args:
+        logits: [..., classes]
+        labels: [...]
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    return F.cross_entropy(logits, labels.to(logits.device).flatten(), reduction="none")
+
+
+def _label_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Mean cross entropy over the labels other than -100.
+
+    `num_items_in_batch` is the number of labels in all micro-batches of one accumulated step, as the Trainer counts
+    them; given it, the losses of the micro-batches add up to the loss of the whole.
+    """
+    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return _mean(_cross_entropies(logits, labels), count)
+
+
+def _masked_lm(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """MLM logits [B, N, vocab_size] and loss.
+
+    A training step that gives `num_items_in_batch`, as the Trainer's does, wants nothing but the loss: the head, the
+    largest product of a small model, then sees only the M masked tokens, and the logits are [M, vocab_size]. (A
+    compiled graph needs a fixed number of tokens and computes them all.)
+
+    Args:
+        head: maps [..., D] to [..., vocab_size].
+        hidden_states: [B, N, D]
+        labels: [B, N], -100 where nothing is masked.
+        num_items_in_batch: as in `_label_loss`.
+    """
+    if labels is None:
+        return head(hidden_states), None
+    if head.training and num_items_in_batch is not None and not torch.compiler.is_compiling():
+        masked = labels.to(hidden_states.device) != -100
+        hidden_states, labels = hidden_states[masked], labels[masked.to(labels.device)]
+    logits = head(hidden_states)
+    return logits, _label_loss(logits, labels, num_items_in_batch)
+
+
+def _sentence_loss(
+    logits: torch.Tensor,
+    sentence_label: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Mean cross entropy of the sentence task over the pairs of a batch.
+
+    Under gradient accumulation the number of pairs in the whole step is not known here, only that of masked tokens.
+    Each pair then counts in proportion to its masked tokens, so that micro-batches still add up exactly.
+
+    Args:
+        logits: [B, 2]
+        sentence_label: [B]
+        labels: the MLM labels, [B, N]
+        num_items_in_batch: as in `_label_loss`, of `labels`.
+    """
+    if num_items_in_batch is None or labels is None:
+        return _label_loss(logits, sentence_label)
+    masked_tokens = (labels != -100).sum(1).to(logits.device)
+    return _mean(_cross_entropies(logits, sentence_label.flatten()) * masked_tokens, num_items_in_batch)
+
+
+class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
+    """What the two pretraining models share; use `LambdaBertForPreTrainingNSP` or `LambdaBertForPreTrainingSOP`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = LambdaBertModel(config)
+        self.cls = BertPreTrainingHeads(config)
+        self.post_init()
+
+    def _pretrain(self, sentence_task, sentence_label, labels, num_items_in_batch, inputs):
+        outputs = self.bert(**inputs, return_dict=True)
+        prediction_logits, mlm_loss = _masked_lm(
+            self.cls.predictions, outputs.last_hidden_state, labels, num_items_in_batch
+        )
+        sentence_logits = self.cls.seq_relationship(outputs.pooler_output)
+        parts = {}
+        if mlm_loss is not None:
+            parts["mlm_loss"] = mlm_loss
+        if sentence_label is not None:
+            parts[sentence_task] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
+        return LambdaBertForPreTrainingOutput(
+            loss=sum(parts.values()) if parts else None,
+            prediction_logits=prediction_logits,
+            seq_relationship_logits=sentence_logits,
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+            **parts,
+        )
+
+
+class LambdaBertForPreTrainingNSP(LambdaBertForPreTraining):
+    """Masked language modelling and next sentence prediction (BERT)."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertForPreTrainingOutput:
+        """Predicts masked tokens and whether segment B follows segment A; inputs as in `LambdaBertModel`.
+
+        Args:
+            labels: [B, N], the token at masked places, -100 elsewhere.
+            next_sentence_label: [B], 0 = B follows A in its document, 1 = B comes from another document.
+            num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return self._pretrain("nsp_loss", next_sentence_label, labels, num_items_in_batch, inputs)
+
+
+class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
+    """Masked language modelling and sentence order prediction (ALBERT)."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        sentence_order_label: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertForPreTrainingOutput:
+        """Predicts masked tokens and the order of two consecutive segments; inputs as in `LambdaBertModel`.
+
+        Args:
+            labels: [B, N], the token at masked places, -100 elsewhere.
+            sentence_order_label: [B], 0 = in order, 1 = swapped.
+            num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return self._pretrain("sop_loss", sentence_order_label, labels, num_items_in_batch, inputs)
+
+
+class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
+    """Masked language modelling, tied to the word embeddings."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = LambdaBertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertHeadOutput:
+        """Predicts masked tokens: logits [B, N, vocab_size]; inputs as in `LambdaBertModel`.
+
+        Args:
+            labels: [B, N], the token at masked places, -100 elsewhere.
+            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits, loss = _masked_lm(self.cls, outputs.last_hidden_state, labels, num_items_in_batch)
+        return LambdaBertHeadOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+        )
+
+
+class LambdaBertForNextSentencePrediction(LambdaBertPreTrainedModel, BertForNextSentencePrediction):
+    """Next sentence prediction alone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = LambdaBertModel(config)
+        self.cls = BertOnlyNSPHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertHeadOutput:
+        """Predicts whether segment B follows segment A: logits [B, 2]; inputs as in `LambdaBertModel`.
+
+        Args:
+            labels: [B], 0 = B follows A, 1 = B is random.
+            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.cls(outputs.pooler_output)
+        return LambdaBertHeadOutput(
+            loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+        )
+
+
+def _classifier_dropout(config) -> nn.Dropout:
+    given = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if given is None else given)
+
+
+class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequenceClassification):
+    """Classification or regression of whole sequences from the pooled output."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = LambdaBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertHeadOutput:
+        """Classifies sequences: logits [B, num_labels]; inputs as in `LambdaBertModel`.
+
+        Args:
+            labels: [B] classes (cross entropy); [B, num_labels] of 0 and 1 (binary cross entropy each); or, with one
+                label, [B] numbers (squared error). `config.problem_type` decides, and is set from the labels at first.
+            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        return LambdaBertHeadOutput(
+            loss=self._loss(logits, labels, num_items_in_batch) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+        )
+
+    def _loss(self, logits, labels, num_items_in_batch):
+        if self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+        if self.config.problem_type == "single_label_classification":
+            return _label_loss(logits, labels, num_items_in_batch)
+        labels = labels.to(logits).view_as(logits)
+        loss = F.mse_loss if self.config.problem_type == "regression" else F.binary_cross_entropy_with_logits
+        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+        return _mean(loss(logits, labels, reduction="none"), count)
+
+
+class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenClassification):
+    """Classification of every token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = LambdaBertModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertHeadOutput:
+        """Classifies tokens: logits [B, N, num_labels]; inputs as in `LambdaBertModel`.
+
+        Args:
+            labels: [B, N], the class of each token, -100 where it does not count.
+            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        return LambdaBertHeadOutput(
+            loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+        )
+
+
+class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionAnswering):
+    """Extractive question answering: the first and the last token of the answer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = LambdaBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertQuestionAnsweringOutput:
+        """Finds the answer's ends; inputs as in `LambdaBertModel`.
+
+        Args:
+            start_positions: [B], the answer's first token; N or more where the answer was truncated away.
+            end_positions: [B], the answer's last token, likewise.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        if attention_mask is not None:  # no answer ends in padding, and no loss depends on its amount
+            padding = ~attention_mask.bool().to(logits.device)
+            logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = start_logits.shape[1]
+            ends = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = sum(
+                _label_loss(logits, positions.masked_fill((positions < 0) | (positions >= length), -100)) / 2
+                for logits, positions in ends
+            )
+        return LambdaBertQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+        )
+
+
+class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoice):
+    """Choice among C sequences, each scored from its pooled output."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = LambdaBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> tuple | LambdaBertHeadOutput:
+        """Scores the choices: logits [B, C]; inputs as in `LambdaBertModel` with an axis C after B.
+
+        Args:
+            labels: [B], the index of the right choice.
+            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
+        """
+        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.bert(*(i.flatten(0, 1) if i is not None else None for i in inputs), return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        return LambdaBertHeadOutput(
+            loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            lambda_params=outputs.lambda_params,
+        )
+
+
+_AUTO_CLASSES = {
+    AutoModel: LambdaBertModel,
+    AutoModelForPreTraining: (LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP),
+    AutoModelForMaskedLM: LambdaBertForMaskedLM,
+    AutoModelForNextSentencePrediction: LambdaBertForNextSentencePrediction,
+    AutoModelForSequenceClassification: LambdaBertForSequenceClassification,
+    AutoModelForTokenClassification: LambdaBertForTokenClassification,
+    AutoModelForQuestionAnswering: LambdaBertForQuestionAnswering,
+    AutoModelForMultipleChoice: LambdaBertForMultipleChoice,
+}
+
+for auto_class, models in _AUTO_CLASSES.items():
+    for model in models if isinstance(models, tuple) else (models,):
+        model.register_for_auto_class(auto_class.__name__)
+
+if not __package__:  # a saved model's own copy of this file is found through its config's auto_map instead
+    AutoConfig.register(LambdaBertConfig.model_type, LambdaBertConfig)
+    for auto_class, models in _AUTO_CLASSES.items():
+        # of several classes, the one that the config's `architectures` names is built
+        auto_class._model_mapping.register(LambdaBertConfig, models)
+
+__all__ = [
+    "LambdaBertForMaskedLM",
+    "LambdaBertForMultipleChoice",
+    "LambdaBertForNextSentencePrediction",
+    "LambdaBertForPreTrainingNSP",
+    "LambdaBertForPreTrainingSOP",
+    "LambdaBertForQuestionAnswering",
+    "LambdaBertForSequenceClassification",
+    "LambdaBertForTokenClassification",
+    "LambdaBertModel",
+    "LambdaBertPreTrainedModel",
+]

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# ./setup.sh        makes ./env and installs what running needs
+# ./setup.sh demo   the same, then pretrains and tries a small model (minutes, no download of data)
+# ./setup.sh test   the same with the test requirements, then runs the tests
+# PYTHON=python3.12 ./setup.sh chooses the interpreter of a new ./env.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+die() {
+    echo "setup.sh: $*" >&2
+    exit 1
+}
+
+# Installs once per state of the requirement files: install NAME PIP_ARGUMENT...
+install() {
+    local name=$1 state
+    shift
+    state=$(cat requirements.txt pyproject.toml | cksum)
+    [ "$(cat "env/installed-$name" 2>/dev/null)" = "$state" ] && return
+    echo "setup.sh: installing $* into ./env"
+    env/bin/python -m pip install --quiet "$@" || die "pip could not install '$*'; its message is above."
+    echo "$state" >"env/installed-$name"
+}
+
+mode=${1:-install}
+case $mode in install | demo | test) ;; *) die "unknown argument '$mode': use no argument, demo or test." ;; esac
+
+if [ ! -x env/bin/python ] || ! env/bin/python -m pip --version >/dev/null 2>&1; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "'$python' is missing or older than Python 3.10; name another with PYTHON=..."
+    "$python" -m venv --clear env || die "'$python -m venv env' failed; on Debian and Ubuntu install python3-venv."
+fi
+# One release of torch rather than a range: where pip's sources hold a CPU build of it, that one is taken.
+install torch torch==2.13.0
+install run -r requirements.txt
+
+case $mode in
+demo) exec env/bin/python run_language_modeling.py configs/demo.json ;;
+test)
+    install test --editable '.[test]'
+    exec env/bin/python -m pytest tests
+    ;;
+esac
+echo "Installed. Next: source env/bin/activate, then see README.md."

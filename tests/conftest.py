@@ -1,0 +1,104 @@
+"""What the model tests share: tiny configurations and inputs. No test reaches the network."""
+
+import importlib
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+MODEL_CLASS_NAMES = [
+    "LambdaBertModel",
+    "LambdaBertForPreTrainingNSP",
+    "LambdaBertForPreTrainingSOP",
+    "LambdaBertForMaskedLM",
+    "LambdaBertForNextSentencePrediction",
+    "LambdaBertForSequenceClassification",
+    "LambdaBertForTokenClassification",
+    "LambdaBertForQuestionAnswering",
+    "LambdaBertForMultipleChoice",
+]
+
+
+@pytest.fixture(params=MODEL_CLASS_NAMES)
+def model_class(request):
+    """Each of the nine model classes."""
+    return getattr(importlib.import_module("modeling_lambdabert"), request.param)
+
+
+@pytest.fixture(params=MODEL_CLASS_NAMES[1:])
+def head_class(request):
+    """Each of the eight model classes that compute a loss."""
+    return getattr(importlib.import_module("modeling_lambdabert"), request.param)
+
+
+@pytest.fixture
+def make_config():
+    """Builds a tiny `LambdaBertConfig` without dropout; keyword arguments override its fields."""
+
+    def build(**overrides):
+        fields = {
+            "vocab_size": 60,
+            "hidden_size": 20,
+            "num_hidden_layers": 2,
+            "intermediate_size": 28,
+            "max_position_embeddings": 40,
+            "num_lambda_queries": 4,
+            "key_depth": 3,
+            "intra_depth": 2,
+            "local_context_size": 5,
+            "lambda_norm": "layer",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+        return importlib.import_module("configuration_lambdabert").LambdaBertConfig(**(fields | overrides))
+
+    return build
+
+
+def random_inputs(model_class, config, batch=3, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, 2, length) if "MultipleChoice" in model_class.__name__ else (batch, length)
+    return {
+        "input_ids": torch.randint(5, config.vocab_size, shape, generator=generator),
+        "attention_mask": torch.ones(shape, dtype=torch.long),
+        "token_type_ids": torch.randint(0, 2, shape, generator=generator),
+    }
+
+
+def random_labels(model_class, config, batch=3, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high, *shape):
+        return torch.randint(0, high, shape, generator=generator)
+
+    name = model_class.__name__
+    if "PreTraining" in name or "MaskedLM" in name:
+        token_labels = draw(config.vocab_size, batch, length)
+        token_labels[:, ::2] = -100
+        labels = {"labels": token_labels}
+        if name.endswith("NSP"):
+            labels["next_sentence_label"] = draw(2, batch)
+        if name.endswith("SOP"):
+            labels["sentence_order_label"] = draw(2, batch)
+        return labels
+    if "TokenClassification" in name:
+        return {"labels": draw(config.num_labels, batch, length)}
+    if "QuestionAnswering" in name:
+        return {"start_positions": draw(length, batch), "end_positions": draw(length, batch)}
+    if name == "LambdaBertModel":
+        return {}
+    return {"labels": draw(2, batch)}
+
+
+@pytest.fixture
+def make_inputs():
+    """Builds a batch for a model class without padding: `input_ids`, `attention_mask`, `token_type_ids`."""
+    return random_inputs
+
+
+@pytest.fixture
+def make_labels():
+    """Builds the labels of a model class, none for `LambdaBertModel`."""
+    return random_labels

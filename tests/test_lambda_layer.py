@@ -1,0 +1,608 @@
+"""LambdaLayer against the definition in reference.py, and what it promises about padding, precision and statistics."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lambda_layer
+import reference
+from lambda_layer import LambdaLayer
+from modeling_lambdabert import LambdaBertModel
+
+NORMS = ["none", "layer", "rms", "batch"]
+SCOPES = [1, 3, 25, None]
+LENGTHS = [1, 2, 7, 63]
+
+# D, H, K, U
+SHAPES = [(5, 1, 1, 1), (6, 3, 4, 2), (8, 2, 3, 1), (8, 4, 1, 3)]
+
+
+def layer_config(make_config, shape=(6, 3, 4, 2), **overrides):
+    width, heads, key_depth, intra_depth = shape
+    return make_config(
+        hidden_size=width, num_lambda_queries=heads, key_depth=key_depth, intra_depth=intra_depth, **overrides
+    )
+
+
+def random_layer(config, seed=0, dtype=torch.float64):
+    """A layer whose every parameter and statistic is random, whatever the initialisation does."""
+    torch.manual_seed(seed)
+    layer = LambdaLayer(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.normal_()
+            if name.endswith("norm.weight"):
+                parameter.mul_(0.3).add_(1)
+        for name, buffer in layer.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return layer.eval()
+
+
+def random_mask(kind, batch, length, seed=0):
+    """[B, N]; the first row is always whole."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    kept = math.ceil(length / 2)
+    if kind == "tail":
+        mask[1:, kept:] = 0
+    elif kind == "left":
+        mask[1:, : length - kept] = 0
+    elif kind == "holes":
+        mask[1:] = torch.randint(0, 2, (batch - 1, length), generator=torch.Generator().manual_seed(seed))
+        mask[1:, -1] = 1
+    elif kind == "empty row":
+        mask[1:2] = 0
+    return mask
+
+
+def reference_norm(module, kind):
+    if kind == "none":
+        return None
+    return reference.ReferenceNorm(
+        kind=kind,
+        weight=module.weight.tolist(),
+        bias=module.bias.tolist() if getattr(module, "bias", None) is not None else None,
+        eps=torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps,
+        running_mean=module.running_mean.tolist() if kind == "batch" else None,
+        running_var=module.running_var.tolist() if kind == "batch" else None,
+        training=module.training,
+    )
+
+
+def reference_output(layer, config, hidden_states, mask):
+    """Output and content lambda of the definition, with the parameters of `layer`."""
+    output, content = reference.lambda_layer(
+        hidden_states.tolist(),
+        None if mask is None else mask.tolist(),
+        layer.to_queries.weight.tolist(),
+        layer.to_keys.weight.tolist(),
+        layer.to_values.weight.tolist(),
+        layer.relative_embeddings.tolist(),
+        reference_norm(getattr(layer, "query_norm", None), config.lambda_norm),
+        reference_norm(getattr(layer, "value_norm", None), config.lambda_norm),
+        config.num_lambda_queries,
+        config.local_context_size,
+    )
+    return torch.tensor(output, dtype=torch.float64), torch.tensor(content, dtype=torch.float64)
+
+
+def assert_agrees_with_reference(layer, config, hidden_states, mask):
+    expected, expected_content = reference_output(layer, config, hidden_states, mask)
+    output, content = layer(hidden_states, mask)
+    assert output.shape == hidden_states.shape
+    assert content.shape == expected_content.shape
+    assert torch.isfinite(output).all() and torch.isfinite(content).all()
+    real = torch.ones(hidden_states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    torch.testing.assert_close(output[real], expected[real], rtol=1e-10, atol=1e-10)
+    occupied = real.any(dim=1)
+    torch.testing.assert_close(content[occupied], expected_content[occupied], rtol=1e-10, atol=1e-10)
+
+
+class TestDefinition:
+    @pytest.mark.parametrize("length", LENGTHS)
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_every_shape_scope_and_length(self, make_config, shape, scope, length):
+        config = layer_config(
+            make_config, shape, local_context_size=scope, lambda_norm="none", max_position_embeddings=64
+        )
+        layer = random_layer(config)
+        hidden_states = torch.randn(2, length, config.hidden_size, dtype=torch.float64)
+        assert_agrees_with_reference(layer, config, hidden_states, None)
+        assert_agrees_with_reference(layer, config, hidden_states, random_mask("holes", 2, length))
+
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("kind", ["none", "tail", "left", "holes", "empty row"])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [3, 25, None])
+    def test_every_norm_and_mask(self, make_config, scope, norm, kind, training):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        layer = random_layer(config).train(training)
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        assert_agrees_with_reference(layer, config, hidden_states, random_mask(kind, 3, 7))
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float64])
+    def test_mask_dtypes(self, make_config, dtype):
+        config = layer_config(make_config)
+        layer = random_layer(config)
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        mask = random_mask("holes", 3, 7)
+        torch.testing.assert_close(layer(hidden_states, mask.to(dtype)), layer(hidden_states, mask), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("scope", [1, 9, None])
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_parameter_count(self, make_config, norm, scope):
+        config = layer_config(make_config, (6, 3, 4, 2), local_context_size=scope, lambda_norm=norm)
+        width, heads, key_depth, value_depth, intra_depth = 6, 3, 4, 2, 2
+        offsets = 2 * config.max_position_embeddings - 1 if scope is None else scope
+        expected = width * (heads * key_depth + key_depth * intra_depth + value_depth * intra_depth)
+        expected += offsets * key_depth * intra_depth
+        norm_tensors = {"none": 0, "rms": 1, "layer": 2, "batch": 2}[norm]
+        expected += norm_tensors * (heads * key_depth + value_depth * intra_depth)
+        assert sum(parameter.numel() for parameter in LambdaLayer(config).parameters()) == expected
+
+    @pytest.mark.parametrize("kind", ["holes", "empty row"])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_gradcheck(self, make_config, scope, norm, kind):
+        config = layer_config(make_config, (4, 2, 2, 2), local_context_size=scope, lambda_norm=norm)
+        layer = random_layer(config).train()
+        mask = random_mask(kind, 2, 4)
+        real = mask.bool()
+        names, parameters = zip(*layer.named_parameters())
+
+        def function(hidden_states, *values):
+            output, content = torch.func.functional_call(layer, dict(zip(names, values)), (hidden_states, mask))
+            return output[real], content
+
+        hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
+        leaves = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+        assert torch.autograd.gradcheck(function, (hidden_states, *leaves))
+
+
+def reference_position_lambda(values, relative_embeddings, scope):
+    batch, length, value_depth, intra_depth = values.shape
+    key_depth = relative_embeddings.shape[1]
+    flat = values.reshape(batch, length, value_depth * intra_depth).tolist()
+    mask = [[1] * length] * batch
+    result = reference.position_lambda(
+        flat, mask, relative_embeddings.tolist(), scope, key_depth, value_depth, intra_depth
+    )
+    return torch.tensor(result, dtype=torch.float64)
+
+
+class TestPositionLambda:
+    """The three ways of computing the position lambda; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    @pytest.mark.parametrize("size", [1, 3, 25])
+    def test_local(self, size, length):
+        torch.manual_seed(0)
+        values = torch.randn(2, length, 3, 2, dtype=torch.float64)
+        table = torch.randn(size, 4, 2, dtype=torch.float64)
+        expected = reference_position_lambda(values, table, size)
+        torch.testing.assert_close(lambda_layer.local_position_lambda(values, table), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("name", ["direct_position_lambda", "fft_position_lambda"])
+    @pytest.mark.parametrize("limit", [63, 100])
+    @pytest.mark.parametrize("length", LENGTHS)
+    def test_global(self, name, limit, length):
+        torch.manual_seed(0)
+        values = torch.randn(2, length, 3, 2, dtype=torch.float64)
+        table = torch.randn(2 * limit - 1, 4, 2, dtype=torch.float64)
+        expected = reference_position_lambda(values, table, None)
+        torch.testing.assert_close(getattr(lambda_layer, name)(values, table), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("length", [1, 5, 64])
+    def test_direct_and_fft_have_the_same_gradients(self, length):
+        torch.manual_seed(0)
+        values = torch.randn(2, length, 3, 2, dtype=torch.float64, requires_grad=True)
+        table = torch.randn(2 * 64 - 1, 4, 2, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn(2, length, 4, 3, dtype=torch.float64)
+        gradients = [
+            torch.autograd.grad((function(values, table) * weights).sum(), (values, table))
+            for function in (lambda_layer.direct_position_lambda, lambda_layer.fft_position_lambda)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("name", ["local_position_lambda", "direct_position_lambda", "fft_position_lambda"])
+    def test_gradcheck(self, name):
+        torch.manual_seed(0)
+        values = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+        table = torch.randn(9, 2, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(getattr(lambda_layer, name), (values, table))
+
+    @pytest.mark.parametrize("shift", [1, 4, 11])
+    @pytest.mark.parametrize("name", ["local_position_lambda", "direct_position_lambda", "fft_position_lambda"])
+    def test_translation_equivariance(self, name, shift):
+        """Moving all values by `shift` places moves the position lambdas with them."""
+        torch.manual_seed(0)
+        function = getattr(lambda_layer, name)
+        table = torch.randn(9 if name.startswith("local") else 2 * 32 - 1, 4, 2, dtype=torch.float64)
+        values = F.pad(torch.randn(1, 10, 3, 2, dtype=torch.float64), (0, 0, 0, 0, 0, 14))
+        moved = torch.roll(values, shift, dims=1)
+        torch.testing.assert_close(
+            function(moved, table)[:, shift:], function(values, table)[:, :-shift], rtol=1e-10, atol=1e-10
+        )
+
+
+def gradients_of(layer, hidden_states, mask, weights):
+    """Output and content lambda, and the gradients of a weighted sum over real tokens, by name."""
+    hidden_states = hidden_states.clone().requires_grad_()
+    layer.zero_grad()
+    output, content = layer(hidden_states, mask)
+    real = mask.bool()
+    ((output[real] * weights).sum() + content.sin().sum()).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    return output[real].detach(), content.detach(), hidden_states.grad[real], gradients
+
+
+def statistics_of(layer):
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+class TestPadding:
+    @pytest.mark.parametrize("scope", [3, 25, None])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("before, after", [(0, 5), (4, 0), (3, 2), (20, 13)])
+    def test_amount_and_place_do_not_matter(self, make_config, scope, norm, before, after):
+        """Outputs, gradients and statistics of two ragged rows are those without the extra padding."""
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        torch.manual_seed(1)
+        hidden_states = torch.randn(2, 6, config.hidden_size, dtype=torch.float64)
+        mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+        weights = torch.randn(10, config.hidden_size, dtype=torch.float64)
+        plain, padded = random_layer(config).train(), random_layer(config).train()
+        expected = gradients_of(plain, hidden_states, mask, weights)
+        padding = F.pad(hidden_states, (0, 0, before, after), value=3.0)
+        actual = gradients_of(padded, padding, F.pad(mask, (before, after)), weights)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(statistics_of(padded), statistics_of(plain), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("content", [1e6, float("nan"), float("inf")])
+    @pytest.mark.parametrize("kind", ["tail", "left", "holes", "empty row"])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_content_does_not_matter(self, make_config, scope, norm, kind, content):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        torch.manual_seed(1)
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        mask = random_mask(kind, 3, 7)
+        weights = torch.randn(int(mask.sum()), config.hidden_size, dtype=torch.float64)
+        clean, soiled = random_layer(config).train(), random_layer(config).train()
+        expected = gradients_of(clean, hidden_states, mask, weights)
+        filled = hidden_states.masked_fill(mask[:, :, None] == 0, content)
+        if math.isfinite(content):
+            torch.testing.assert_close(gradients_of(soiled, filled, mask, weights), expected, rtol=1e-10, atol=1e-10)
+        else:  # 0 * NaN is NaN in the gradient of a projection, as in that of any dense layer
+            output, content_lambda = soiled(filled, mask)
+            torch.testing.assert_close((output[mask.bool()], content_lambda), expected[:2], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(statistics_of(soiled), statistics_of(clean), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("scope", [3, None])
+    @pytest.mark.parametrize("norm", ["none", "layer", "rms"])
+    def test_other_rows_do_not_matter(self, make_config, scope, norm):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        layer = random_layer(config).train()
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        mask = random_mask("tail", 3, 7)
+        output, content = layer(hidden_states, mask)
+        alone, content_alone = layer(hidden_states[1:2], mask[1:2])
+        real = mask[1].bool()
+        torch.testing.assert_close(alone[0, real], output[1, real], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(content_alone[0], content[1], rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("scope", [3, None])
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_all_ones_mask_equals_no_mask(self, make_config, scope, norm):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        with_mask = random_layer(config).train()(hidden_states, torch.ones(3, 7, dtype=torch.long))
+        torch.testing.assert_close(random_layer(config).train()(hidden_states, None), with_mask, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("scope", [3, None])
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_nothing_left_stays_finite(self, make_config, scope, norm):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        layer = random_layer(config).train()
+        hidden_states = torch.randn(2, 7, config.hidden_size, dtype=torch.float64, requires_grad=True)
+        output, content = layer(hidden_states, torch.zeros(2, 7, dtype=torch.long))
+        (output.sum() + content.sum()).backward()
+        assert torch.isfinite(output).all() and torch.isfinite(content).all()
+        assert torch.isfinite(hidden_states.grad).all()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+        for name, buffer in layer.named_buffers():
+            assert torch.isfinite(buffer).all(), name
+
+
+class TestBatchNorm:
+    """The masked statistics are those that a stock BatchNorm takes of the real tokens alone."""
+
+    @pytest.mark.parametrize("kind", ["none", "tail", "left", "holes", "empty row"])
+    def test_running_statistics(self, make_config, kind):
+        layer = random_layer(layer_config(make_config, lambda_norm="batch")).train()
+        hidden_states = torch.randn(3, 7, 6, dtype=torch.float64)
+        mask = random_mask(kind, 3, 7)
+        expected = {}
+        for name, projection in (("query_norm", layer.to_queries), ("value_norm", layer.to_values)):
+            norm = getattr(layer, name)
+            stock = nn.BatchNorm1d(norm.num_features, eps=norm.eps, momentum=norm.momentum).double()
+            stock.load_state_dict(norm.state_dict())
+            stock.train()(projection(hidden_states[mask.bool()]))
+            expected |= {f"{name}.{buffer}": value for buffer, value in statistics_of(stock).items()}
+        layer(hidden_states, mask)
+        torch.testing.assert_close(statistics_of(layer), expected, rtol=1e-10, atol=1e-10)
+
+    def test_all_padding_leaves_them(self, make_config):
+        layer = random_layer(layer_config(make_config, lambda_norm="batch")).train()
+        before = statistics_of(layer)
+        layer(torch.randn(2, 5, 6, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.long))
+        torch.testing.assert_close(statistics_of(layer), before, rtol=0, atol=0)
+
+    def test_a_single_token_keeps_them_finite(self, make_config):
+        layer = random_layer(layer_config(make_config, lambda_norm="batch")).train()
+        output, _ = layer(torch.randn(2, 3, 6, dtype=torch.float64), torch.tensor([[0, 0, 0], [0, 1, 0]]))
+        assert torch.isfinite(output).all()
+        assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())
+
+    def test_evaluation_leaves_them(self, make_config):
+        layer = random_layer(layer_config(make_config, lambda_norm="batch")).eval()
+        before = statistics_of(layer)
+        layer(torch.randn(2, 5, 6, dtype=torch.float64), None)
+        torch.testing.assert_close(statistics_of(layer), before, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_updated_once_under_activation_checkpointing(self, make_config, use_reentrant):
+        config = layer_config(make_config, lambda_norm="batch")
+        plain, checkpointed = random_layer(config).train(), random_layer(config).train()
+        hidden_states = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+        plain(hidden_states, None)[0].sum().backward()
+        checkpoint(checkpointed, hidden_states, None, use_reentrant=use_reentrant)[0].sum().backward()
+        torch.testing.assert_close(statistics_of(checkpointed), statistics_of(plain), rtol=1e-10, atol=1e-10)
+        for (name, parameter), other in zip(plain.named_parameters(), checkpointed.parameters()):
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+class TestInitialisation:
+    @staticmethod
+    def layers(make_config, count=64, **overrides):
+        """As many freshly initialised lambda layers, through the model's own initialisation."""
+        torch.manual_seed(0)
+        config = make_config(
+            hidden_size=256,
+            intermediate_size=8,
+            num_lambda_queries=4,
+            num_hidden_layers=count,
+            vocab_size=8,
+            **overrides,
+        )
+        model = LambdaBertModel(config)
+        return [block.attention.self for block in model.encoder.layer]
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [1, 5, 25, None])
+    @pytest.mark.parametrize("key_depth, intra_depth", [(1, 1), (4, 1), (8, 4), (16, 4)])
+    def test_output_variance_is_about_one(self, make_config, norm, scope, key_depth, intra_depth):
+        """Mean square of the output over many layers, for inputs of unit variance.
+
+        The content lambda adds about K U / D + K U e / N to it, so the row is long and the model wide.
+        """
+        length = 512
+        layers = self.layers(
+            make_config,
+            lambda_norm=norm,
+            local_context_size=scope,
+            key_depth=key_depth,
+            intra_depth=intra_depth,
+            max_position_embeddings=length,
+        )
+        with torch.no_grad():
+            squares = [layer.train()(torch.randn(1, length, 256), None)[0].square().mean().item() for layer in layers]
+        assert 0.5 < sum(squares) / len(squares) < 2
+
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_table_decays_with_distance(self, make_config, scope):
+        layers = self.layers(make_config, local_context_size=scope, key_depth=8, intra_depth=4)
+        tables = torch.stack([layer.relative_embeddings.detach() for layer in layers])
+        spread = tables.square().mean(dim=(0, 2, 3)).sqrt()
+        middle = len(spread) // 2
+        by_distance = [spread[middle].item()] + [
+            (spread[middle - distance].item() + spread[middle + distance].item()) / 2 for distance in (2, 5, 12)
+        ]
+        assert all(near > far for near, far in zip(by_distance, by_distance[1:]))
+        torch.testing.assert_close(spread, spread.flip(0), rtol=0.15, atol=0)
+
+
+def plain_normalise(norm, kind, channels, real):
+    if kind == "none":
+        return channels
+    if kind == "layer":
+        return F.layer_norm(channels, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    if kind == "rms":
+        return F.rms_norm(channels, norm.normalized_shape, norm.weight, norm.eps)
+    if not norm.training:
+        return (channels - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    tokens = channels[real].float()
+    variance, mean = torch.var_mean(tokens, dim=0, correction=0)
+    return (channels - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def plain_forward(layer, hidden_states, attention_mask=None):
+    """The layer as anybody would write it first: one dense table [N, M, K, U] and einsums, in whatever precision."""
+    config = layer.plain_config
+    batch, length, _ = hidden_states.shape
+    real = hidden_states.new_ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    gap = ~real[:, :, None]
+
+    queries = plain_normalise(
+        getattr(layer, "query_norm", None), config.lambda_norm, layer.to_queries(hidden_states), real
+    )
+    values = plain_normalise(
+        getattr(layer, "value_norm", None), config.lambda_norm, layer.to_values(hidden_states), real
+    )
+    keys = layer.to_keys(hidden_states).masked_fill(gap, -1e4).softmax(dim=1).masked_fill(gap, 0)
+    values = values.masked_fill(gap, 0)
+
+    queries = queries.unflatten(-1, (config.num_lambda_queries, config.key_depth))
+    keys = keys.unflatten(-1, (config.key_depth, config.intra_depth))
+    values = values.unflatten(-1, (-1, config.intra_depth))
+
+    places = torch.arange(length)
+    offset = places[None, :] - places[:, None]
+    table = layer.relative_embeddings
+    reach = len(table) // 2
+    dense = table[(offset + reach).clamp(0, len(table) - 1)].masked_fill((offset.abs() > reach)[:, :, None, None], 0)
+
+    content = torch.einsum("bmku,bmvu->bkv", keys, values)
+    position = torch.einsum("nmku,bmvu->bnkv", dense, values)
+    output = torch.einsum("bnhk,bnkv->bnhv", queries, content[:, None] + position)
+    return output.flatten(-2), content
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [5, None])
+    def test_the_plain_path_is_the_definition(self, make_config, scope, norm):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        layer = random_layer(config).double()
+        layer.plain_config = config
+        hidden_states = torch.randn(3, 7, 6, dtype=torch.float64)
+        mask = random_mask("holes", 3, 7)
+        expected, expected_content = reference_output(layer, config, hidden_states, mask)
+        output, content = plain_forward(layer, hidden_states, mask)
+        torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(content, expected_content, rtol=1e-10, atol=1e-10)
+
+    @staticmethod
+    def wide_layer(make_config, scope, norm, dtype=torch.float32):
+        config = make_config(
+            hidden_size=48,
+            num_lambda_queries=4,
+            key_depth=8,
+            intra_depth=2,
+            local_context_size=scope,
+            lambda_norm=norm,
+            max_position_embeddings=1024,
+        )
+        torch.manual_seed(0)
+        layer = LambdaBertModel(config).encoder.layer[0].attention.self.to(dtype)
+        layer.plain_config = config
+        return layer
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+    @pytest.mark.parametrize("length", [63, 600])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_error_at_most_twice_that_of_the_plain_path(self, make_config, scope, norm, length, precision):
+        """float32 as it is, and autocast to the half precisions, of output, content lambda and gradients."""
+        layer = self.wide_layer(make_config, scope, norm).train()
+        hidden_states = torch.randn(2, length, 48)
+        weights = torch.randn(2, length, 48)
+        mask = random_mask("tail", 2, length)
+
+        def measure(forward, module, inputs):
+            inputs = inputs.clone().requires_grad_()
+            module.zero_grad()
+            autocast = inputs.dtype == torch.float32 and precision != "float32"
+            with torch.autocast("cpu", dtype=getattr(torch, precision), enabled=autocast):
+                output, content = forward(inputs, mask)
+            (
+                (output * weights).masked_fill(mask[:, :, None] == 0, 0).double().sum() + content.double().sum()
+            ).backward()
+            real = mask.bool()
+            measured = {"output": output[real], "content": content, "inputs": inputs.grad[real]}
+            return measured | {name: parameter.grad for name, parameter in module.named_parameters()}
+
+        actual = measure(layer, layer, hidden_states)
+        plain = measure(lambda *inputs: plain_forward(layer, *inputs), layer, hidden_states)
+        exact_layer = self.wide_layer(make_config, scope, norm, torch.float64).train()
+        exact_layer.load_state_dict(layer.state_dict())
+        exact = measure(lambda *inputs: plain_forward(exact_layer, *inputs), exact_layer, hidden_states.double())
+        for name, expected in exact.items():
+            allowed = 2 * relative_error(plain[name], expected) + 1e-7
+            assert relative_error(actual[name], expected) <= allowed, name
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_whole_model_in_bfloat16(self, make_config, monkeypatch, make_inputs, scope, norm):
+        config = make_config(local_context_size=scope, lambda_norm=norm)
+        torch.manual_seed(0)
+        model = LambdaBertModel(config).eval()
+        inputs = make_inputs(LambdaBertModel, config, batch=4, length=33)
+        inputs["attention_mask"][1, 20:] = 0
+        real = inputs["attention_mask"].bool()
+        for block in model.encoder.layer:
+            block.attention.self.plain_config = config
+        with torch.no_grad():
+            exact = model.double()(**inputs).last_hidden_state[real]
+            actual = model.bfloat16()(**inputs).last_hidden_state
+            monkeypatch.setattr(
+                LambdaLayer, "forward", lambda self, *args, **kwargs: plain_forward(self, *args, **kwargs)
+            )
+            plain = model(**inputs).last_hidden_state
+        assert actual.dtype == torch.bfloat16
+        assert relative_error(actual[real], exact) <= 2 * relative_error(plain[real], exact)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_large_values_stay_finite(self, make_config, scope, norm, training, dtype):
+        """Squares, exponentials and sums of values far within the half precisions' range would overflow in them."""
+        layer = self.wide_layer(make_config, scope, norm).train(training)
+        scale = 3000.0
+        if norm == "batch":
+            with torch.no_grad():
+                for module in (layer.query_norm, layer.value_norm):
+                    module.running_var.fill_(scale**2)
+        hidden_states = (scale * torch.randn(2, 600, 48)).requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            output, content = layer(hidden_states, random_mask("tail", 2, 600))
+        output.float().sum().backward()
+        assert torch.isfinite(output).all() and torch.isfinite(content).all()
+        assert torch.isfinite(hidden_states.grad).all()
+        assert all(torch.isfinite(buffer).all() for buffer in layer.buffers())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_large_values_without_a_norm_stay_finite(self, make_config, scope, dtype):
+        layer = self.wide_layer(make_config, scope, "none")
+        hidden_states = 30 * torch.randn(2, 600, 48)
+        with torch.autocast("cpu", dtype=dtype):
+            output, content = layer(hidden_states, random_mask("tail", 2, 600))
+        assert torch.isfinite(output).all() and torch.isfinite(content).all()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "shape",
+        [(2,), (7,), (2, 6), (2, 8), (1, 7), (3, 7), (2, 1, 7), (2, 7, 7), (2, 1, 1, 7), (2, 1, 7, 7)],
+        ids=str,
+    )
+    def test_mask_of_another_shape(self, make_config, shape):
+        layer = random_layer(layer_config(make_config))
+        with pytest.raises(ValueError, match="attention_mask") as error:
+            layer(torch.randn(2, 7, 6, dtype=torch.float64), torch.ones(shape))
+        assert all(str(size) in str(error.value) for size in shape)
+
+    def test_longer_than_the_global_table(self, make_config):
+        layer = random_layer(layer_config(make_config, local_context_size=None, max_position_embeddings=8))
+        with pytest.raises(ValueError, match="max_position_embeddings") as error:
+            layer(torch.randn(1, 9, 6, dtype=torch.float64), None)
+        assert "9" in str(error.value) and "8" in str(error.value)
+
+    def test_longer_than_any_local_scope(self, make_config):
+        layer = random_layer(layer_config(make_config, local_context_size=3, max_position_embeddings=8))
+        output, _ = layer(torch.randn(1, 30, 6, dtype=torch.float64), None)
+        assert output.shape == (1, 30, 6)

@@ -1,0 +1,684 @@
+"""The model family: outputs, losses, accumulation, checkpointing, compilation, padding, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+
+import modeling_lambdabert as modeling
+from lambda_layer import LambdaLayer
+from modeling_lambdabert import (
+    LambdaBertForMaskedLM,
+    LambdaBertForMultipleChoice,
+    LambdaBertForNextSentencePrediction,
+    LambdaBertForPreTrainingNSP,
+    LambdaBertForPreTrainingSOP,
+    LambdaBertForQuestionAnswering,
+    LambdaBertForSequenceClassification,
+    LambdaBertForTokenClassification,
+    LambdaBertModel,
+)
+
+NORMS = ["none", "layer", "rms", "batch"]
+SCOPES = [5, None]
+PRETRAINING = [
+    (LambdaBertForPreTrainingNSP, "next_sentence_label", "nsp_loss"),
+    (LambdaBertForPreTrainingSOP, "sentence_order_label", "sop_loss"),
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+
+
+def build(model_class, config, seed=0):
+    torch.manual_seed(seed)
+    return model_class(config)
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+class TestOutputs:
+    def test_base_model(self, make_config, make_inputs):
+        config = make_config(output_hidden_states=True, output_lambda_params=True)
+        model = build(LambdaBertModel, config).eval()
+        output = model(**make_inputs(LambdaBertModel, config))
+        assert list(output.keys()) == ["last_hidden_state", "pooler_output", "hidden_states", "lambda_params"]
+        assert output[0] is output.last_hidden_state and output[1] is output.pooler_output
+        assert output.last_hidden_state.shape == (3, 9, 20)
+        assert output.pooler_output.shape == (3, 20)
+        assert [tuple(state.shape) for state in output.hidden_states] == [(3, 9, 20)] * 3
+        assert [tuple(content.shape) for content in output.lambda_params] == [(3, 3, 5)] * 2
+        torch.testing.assert_close(output.hidden_states[-1], output.last_hidden_state, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("model_class, label, part", PRETRAINING)
+    def test_pretraining(self, make_config, make_inputs, make_labels, model_class, label, part):
+        config = make_config()
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config)
+        output = model(
+            **inputs, **make_labels(model_class, config), output_hidden_states=True, output_lambda_params=True
+        )
+        assert set(output.keys()) == {
+            "loss",
+            "prediction_logits",
+            "seq_relationship_logits",
+            "hidden_states",
+            "lambda_params",
+            "mlm_loss",
+            part,
+        }
+        assert list(output.keys())[:3] == ["loss", "prediction_logits", "seq_relationship_logits"]
+        assert output.prediction_logits.shape == (3, 9, config.vocab_size)
+        assert output.seq_relationship_logits.shape == (3, 2)
+        assert list(model(**inputs).keys()) == ["prediction_logits", "seq_relationship_logits"]
+
+    @pytest.mark.parametrize(
+        "name, shapes",
+        [
+            ("LambdaBertForMaskedLM", {"logits": (3, 9, 60)}),
+            ("LambdaBertForNextSentencePrediction", {"logits": (3, 2)}),
+            ("LambdaBertForSequenceClassification", {"logits": (3, 4)}),
+            ("LambdaBertForTokenClassification", {"logits": (3, 9, 4)}),
+            ("LambdaBertForQuestionAnswering", {"start_logits": (3, 9), "end_logits": (3, 9)}),
+            ("LambdaBertForMultipleChoice", {"logits": (3, 2)}),
+        ],
+    )
+    def test_heads(self, make_config, make_inputs, make_labels, name, shapes):
+        model_class = getattr(modeling, name)
+        config = make_config(num_labels=2 if name.endswith("QuestionAnswering") else 4)
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config)
+        assert {key: tuple(value.shape) for key, value in model(**inputs).items()} == shapes
+        labelled = model(**inputs, **make_labels(model_class, config))
+        assert list(labelled.keys()) == ["loss", *shapes]
+
+    @pytest.mark.parametrize("by", ["call", "config"])
+    def test_lambda_params_of_every_class(self, make_config, make_inputs, model_class, by):
+        config = make_config(output_lambda_params=by == "config")
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config)
+        output = model(**inputs) if by == "config" else model(**inputs, output_lambda_params=True)
+        batch = inputs["input_ids"].reshape(-1, 9).shape[0]
+        assert [tuple(content.shape) for content in output.lambda_params] == [(batch, 3, 5)] * 2
+        silent = model(**inputs, output_lambda_params=False)
+        assert getattr(silent, "lambda_params", None) is None
+
+    def test_lambda_params_are_the_layers_content_lambdas(self, make_config, make_inputs):
+        config = make_config()
+        model = build(LambdaBertModel, config).eval()
+        inputs = make_inputs(LambdaBertModel, config)
+        inputs["attention_mask"][1, 5:] = 0
+        output = model(**inputs, output_hidden_states=True, output_lambda_params=True)
+        for block, state, content in zip(model.encoder.layer, output.hidden_states, output.lambda_params):
+            torch.testing.assert_close(block.attention.self(state, inputs["attention_mask"])[1], content)
+        assert not torch.allclose(output.lambda_params[0][0], output.lambda_params[0][2])
+
+    def test_tuple_equals_dict(self, make_config, make_inputs, make_labels, model_class):
+        config = make_config()
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config) | make_labels(model_class, config)
+        flags = {"output_hidden_states": True, "output_lambda_params": True}
+        as_dict = model(**inputs, **flags)
+        as_tuple = model(**inputs, **flags, return_dict=False)
+        assert isinstance(as_tuple, tuple) and len(as_tuple) == len(as_dict)
+        torch.testing.assert_close(as_tuple, as_dict.to_tuple(), rtol=0, atol=0)
+        model.config.return_dict = False
+        torch.testing.assert_close(model(**inputs, **flags), as_tuple, rtol=0, atol=0)
+
+    def test_inputs_embeds_equal_input_ids(self, make_config, make_inputs, model_class):
+        config = make_config()
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config)
+        expected = model(**inputs)
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        torch.testing.assert_close(
+            model(**inputs, inputs_embeds=embeddings).to_tuple(), expected.to_tuple(), rtol=0, atol=0
+        )
+
+
+class TestLosses:
+    def test_every_head(self, make_config, make_inputs, make_labels, head_class):
+        """Against torch's own cross entropy of the returned logits."""
+        model_class = head_class
+        config = make_config()
+        model = build(model_class, config).eval()
+        labels = make_labels(model_class, config)
+        output = model(**make_inputs(model_class, config), **labels)
+        if "start_positions" in labels:
+            expected = (
+                F.cross_entropy(output.start_logits, labels["start_positions"])
+                + F.cross_entropy(output.end_logits, labels["end_positions"])
+            ) / 2
+        elif "prediction_logits" in output:
+            token_labels = labels.pop("labels")
+            expected = F.cross_entropy(output.prediction_logits.flatten(0, 1), token_labels.flatten())
+            expected = expected + F.cross_entropy(output.seq_relationship_logits, *labels.values())
+        else:
+            logits = output.logits.reshape(-1, output.logits.shape[-1])
+            expected = F.cross_entropy(logits, labels["labels"].flatten())
+        torch.testing.assert_close(output.loss, expected)
+
+    def test_regression(self, make_config, make_inputs):
+        config = make_config(num_labels=1)
+        model = build(LambdaBertForSequenceClassification, config).eval()
+        labels = torch.randn(3)
+        output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
+        torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels))
+
+    def test_multi_label(self, make_config, make_inputs):
+        config = make_config(num_labels=4)
+        model = build(LambdaBertForSequenceClassification, config).eval()
+        labels = torch.randint(0, 2, (3, 4)).float()
+        output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
+        torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
+
+    @pytest.mark.parametrize("model_class, label, part", PRETRAINING)
+    def test_pretraining_parts(self, make_config, make_inputs, make_labels, model_class, label, part):
+        config = make_config()
+        model = build(model_class, config).eval()
+        inputs, labels = make_inputs(model_class, config), make_labels(model_class, config)
+        both = model(**inputs, **labels)
+        tokens_only = model(**inputs, labels=labels["labels"])
+        sentence_only = model(**inputs, **{label: labels[label]})
+        mlm = F.cross_entropy(both.prediction_logits.flatten(0, 1), labels["labels"].flatten())
+        sentence = F.cross_entropy(both.seq_relationship_logits, labels[label])
+        torch.testing.assert_close(both.loss, mlm + sentence)
+        torch.testing.assert_close(both.mlm_loss, mlm)
+        torch.testing.assert_close(both[part], sentence)
+        torch.testing.assert_close(tokens_only.loss, mlm)
+        torch.testing.assert_close(tokens_only.mlm_loss, mlm)
+        assert tokens_only[part] is None if part in tokens_only else True
+        torch.testing.assert_close(sentence_only.loss, sentence)
+        torch.testing.assert_close(sentence_only[part], sentence)
+        assert getattr(sentence_only, "mlm_loss", None) is None
+        assert getattr(model(**inputs), "loss", None) is None
+
+    @pytest.mark.parametrize("model_class, label, part", PRETRAINING)
+    def test_nothing_masked_in_pretraining(self, make_config, make_inputs, make_labels, model_class, label, part):
+        config = make_config()
+        model = build(model_class, config)
+        labels = make_labels(model_class, config)
+        labels["labels"].fill_(-100)
+        output = model(**make_inputs(model_class, config), **labels)
+        torch.testing.assert_close(output.loss, output[part])
+        assert output.mlm_loss == 0
+        output.loss.backward()
+        for name, gradient in gradients(model).items():
+            assert gradient is None or torch.isfinite(gradient).all(), name
+            if name.startswith("cls.predictions"):
+                assert gradient is None or (gradient == 0).all(), name
+
+    @pytest.mark.parametrize("items", [None, 0, 3])
+    def test_nothing_masked_in_masked_lm(self, make_config, make_inputs, items):
+        config = make_config()
+        model = build(LambdaBertForMaskedLM, config)
+        arguments = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+        output = model(**make_inputs(LambdaBertForMaskedLM, config), labels=torch.full((3, 9), -100), **arguments)
+        assert output.loss == 0
+        output.loss.backward()
+        assert all(gradient is None or (gradient == 0).all() for gradient in gradients(model).values())
+
+
+def ragged_examples(model_class, masked_counts=None, labels="all"):
+    """Eight examples of 4 to 11 tokens; `masked_counts` says how many tokens of each are MLM targets."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    name = model_class.__name__
+    examples = []
+    for index in range(8):
+        length = 8 if "QuestionAnswering" in name else 4 + (index * 5) % 8
+        choices = (2, length) if "MultipleChoice" in name else (length,)
+        example = {"input_ids": draw(5, 60, *choices), "attention_mask": torch.ones(choices, dtype=torch.long)}
+        token_labels = draw(5, 60, length)
+        if masked_counts is not None:
+            token_labels[masked_counts[index] :] = -100
+        if "PreTraining" in name:
+            sentence = "next_sentence_label" if name.endswith("NSP") else "sentence_order_label"
+            if labels in ("all", "tokens"):
+                example["labels"] = token_labels
+            if labels in ("all", "sentence"):
+                example[sentence] = draw(0, 2)
+        elif "MaskedLM" in name:
+            example["labels"] = token_labels
+        elif "TokenClassification" in name:
+            example["labels"] = draw(0, 2, length)
+            example["labels"][::3] = -100
+        elif "QuestionAnswering" in name:
+            example |= {"start_positions": draw(0, length), "end_positions": draw(0, length)}
+        elif labels == "regression":
+            example["labels"] = torch.randn((), generator=generator, dtype=torch.float64)
+        elif labels == "multi-label":
+            example["labels"] = draw(0, 2, 3).double()
+        else:
+            example["labels"] = draw(0, 2)
+        examples.append(example)
+    return examples
+
+
+def pad_to_longest(examples):
+    """Pads on the right: labels with -100, everything else with 0."""
+
+    def stack(name):
+        values = [example[name] for example in examples]
+        if values[0].dim() == 0 or values[0].is_floating_point():
+            return torch.stack(values)
+        padded = pad_sequence(
+            [value.movedim(-1, 0) for value in values], True, padding_value=-100 if name == "labels" else 0
+        )
+        return padded.movedim(1, -1)
+
+    return {name: stack(name) for name in examples[0]}
+
+
+EQUAL_COUNTS = [2] * 8
+UNEQUAL_COUNTS = [3, 1, 0, 0, 4, 2, 1, 4]
+
+
+class TestGradientAccumulation:
+    """The stock Trainer's step over 8 examples is the same for 8 x 1, 2 x 4 and one plain backward."""
+
+    LEARNING_RATE = 0.5
+
+    def trainer_step(self, model, examples, batch_size, tmp_path):
+        """The gradient that one SGD step applied, and the loss the Trainer reports."""
+        before = copy.deepcopy(model.state_dict())
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            max_steps=1,
+            learning_rate=self.LEARNING_RATE,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=pad_to_longest)
+        loss = trainer.train().training_loss
+        return {name: (before[name] - value) / self.LEARNING_RATE for name, value in model.state_dict().items()}, loss
+
+    @pytest.mark.parametrize(
+        "model_class, masked_counts, labels",
+        [
+            pytest.param(LambdaBertForMaskedLM, EQUAL_COUNTS, "all", id="MLM, equal"),
+            pytest.param(LambdaBertForMaskedLM, UNEQUAL_COUNTS, "all", id="MLM, unequal"),
+            pytest.param(LambdaBertForPreTrainingSOP, EQUAL_COUNTS, "all", id="SOP, equal"),
+            pytest.param(LambdaBertForPreTrainingSOP, UNEQUAL_COUNTS, "all", id="SOP, unequal"),
+            pytest.param(LambdaBertForPreTrainingSOP, UNEQUAL_COUNTS, "tokens", id="SOP, tokens only"),
+            pytest.param(LambdaBertForPreTrainingSOP, UNEQUAL_COUNTS, "sentence", id="SOP, sentence only"),
+            pytest.param(LambdaBertForPreTrainingNSP, EQUAL_COUNTS, "all", id="NSP, equal"),
+            pytest.param(LambdaBertForPreTrainingNSP, UNEQUAL_COUNTS, "all", id="NSP, unequal"),
+            pytest.param(LambdaBertForNextSentencePrediction, None, "all", id="next sentence"),
+            pytest.param(LambdaBertForSequenceClassification, None, "all", id="classification"),
+            pytest.param(LambdaBertForSequenceClassification, None, "regression", id="regression"),
+            pytest.param(LambdaBertForSequenceClassification, None, "multi-label", id="multi-label"),
+            pytest.param(LambdaBertForTokenClassification, None, "all", id="token classification"),
+            pytest.param(LambdaBertForQuestionAnswering, None, "all", id="question answering"),
+            pytest.param(LambdaBertForMultipleChoice, None, "all", id="multiple choice"),
+        ],
+    )
+    def test_eight_by_one_equals_two_by_four(self, make_config, tmp_path, model_class, masked_counts, labels):
+        config = make_config(num_labels={"regression": 1, "multi-label": 3}.get(labels, 2), num_hidden_layers=1)
+        examples = ragged_examples(model_class, masked_counts, labels)
+
+        model = build(model_class, config).double()
+        loss = model(**pad_to_longest(examples)).loss
+        loss.backward()
+        plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+        (whole, whole_loss), (accumulated, accumulated_loss) = (
+            self.trainer_step(build(model_class, config).double(), examples, batch_size, tmp_path)
+            for batch_size in (8, 2)
+        )
+        assert accumulated_loss == pytest.approx(whole_loss, rel=1e-6)
+        for name in plain:
+            torch.testing.assert_close(
+                accumulated[name], whole[name], rtol=1e-8, atol=1e-10, msg=lambda message: f"{name}: {message}"
+            )
+        # no Trainer tells a model how many sentence pairs a step holds, only how many masked tokens
+        if not ("PreTraining" in model_class.__name__ and masked_counts is UNEQUAL_COUNTS and labels == "all"):
+            assert whole_loss == pytest.approx(loss.item(), rel=1e-6)
+            for name, gradient in plain.items():
+                torch.testing.assert_close(
+                    whole[name], gradient, rtol=1e-8, atol=1e-10, msg=lambda message: f"{name}: {message}"
+                )
+
+
+class TestActivationCheckpointing:
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_same_gradients_and_statistics(self, make_config, make_inputs, make_labels, scope, norm, use_reentrant):
+        config = make_config(local_context_size=scope, lambda_norm=norm, hidden_dropout_prob=0.1)
+        model_class = LambdaBertForPreTrainingSOP
+        inputs = make_inputs(model_class, config) | make_labels(model_class, config)
+        inputs["attention_mask"][0, 6:] = 0
+        plain, checkpointed = (build(model_class, config).double().train() for _ in range(2))
+        checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        for model in (plain, checkpointed):
+            torch.manual_seed(1)
+            model(**inputs).loss.backward()
+        torch.testing.assert_close(gradients(checkpointed), gradients(plain), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(dict(checkpointed.named_buffers()), dict(plain.named_buffers()), rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_recorded_outputs_appear_once(self, make_config, make_inputs, use_reentrant):
+        config = make_config()
+        model = build(LambdaBertModel, config).train()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        output = model(**make_inputs(LambdaBertModel, config), output_hidden_states=True, output_lambda_params=True)
+        output.last_hidden_state.sum().backward()
+        assert len(output.hidden_states) == 3 and len(output.lambda_params) == 2
+
+
+class TestCompile:
+    @staticmethod
+    def forward_and_backward(call, model, inputs):
+        model.zero_grad()
+        output = call(**inputs)
+        weights = torch.linspace(-1, 1, output.last_hidden_state.numel(), dtype=output.last_hidden_state.dtype)
+        (output.last_hidden_state.flatten() * weights).sum().backward()
+        return output.last_hidden_state.detach(), gradients(model)
+
+    @pytest.mark.parametrize("scope, masked", [(5, True), (None, False)], ids=["local, mask", "global, no mask"])
+    def test_model(self, make_config, make_inputs, scope, masked):
+        config = make_config(local_context_size=scope, num_hidden_layers=1)
+        inputs = make_inputs(LambdaBertModel, config)
+        if masked:
+            inputs["attention_mask"][1, 5:] = 0
+        else:
+            del inputs["attention_mask"]
+        torch.manual_seed(0)
+        model = LambdaBertModel(config, add_pooling_layer=False).train()
+        expected = self.forward_and_backward(model, model, inputs)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(self.forward_and_backward(compiled, model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_layer_with_a_mask(self, make_config, scope, norm):
+        self.assert_layer_compiles(make_config, scope, norm, [(3, 9)], backend="aot_eager")
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_layer_without_a_mask(self, make_config, scope):
+        self.assert_layer_compiles(make_config, scope, "batch", [(3, 9)], masked=False, backend="aot_eager")
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_layer_with_the_default_backend(self, make_config, scope):
+        self.assert_layer_compiles(make_config, scope, "layer", [(3, 9)])
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_dynamic_lengths(self, make_config, scope):
+        shapes = [(3, 20), (2, 300)]
+        self.assert_layer_compiles(make_config, scope, "layer", shapes, backend="aot_eager", dynamic=True)
+
+    @staticmethod
+    def assert_layer_compiles(make_config, scope, norm, shapes, masked=True, **options):
+        torch.manual_seed(0)
+        config = make_config(local_context_size=scope, lambda_norm=norm, max_position_embeddings=300)
+        eager = LambdaLayer(config).train()
+        twin = copy.deepcopy(eager)
+        torch._dynamo.reset()
+        compiled = torch.compile(twin, fullgraph=True, **options)
+        for batch, length in shapes:
+            hidden_states = torch.randn(batch, length, 20)
+            mask = torch.ones(batch, length, dtype=torch.long) if masked else None
+            if masked:
+                mask[0] = 0
+                mask[1, 5:] = 0
+            for layer, call in ((eager, eager), (twin, compiled)):
+                layer.zero_grad()
+                output, content = call(hidden_states, mask)
+                (output.sin().sum() + content.sin().sum()).backward()
+            torch.testing.assert_close(gradients(twin), gradients(eager), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(dict(twin.named_buffers()), dict(eager.named_buffers()))
+
+    def test_whole_pretraining_model(self, make_config, make_inputs, make_labels):
+        config = make_config(num_hidden_layers=1)
+        model_class = LambdaBertForPreTrainingSOP
+        model = build(model_class, config).train()
+        inputs = make_inputs(model_class, config) | make_labels(model_class, config)
+        expected = model(**inputs)
+        torch._dynamo.reset()
+        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+        torch.testing.assert_close(actual.loss, expected.loss)
+        torch.testing.assert_close(actual.prediction_logits, expected.prediction_logits)
+
+
+class TestResize:
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("model_class", [LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP])
+    def test_vocabulary(self, make_config, make_inputs, model_class, tied):
+        config = make_config(tie_word_embeddings=tied)
+        model = build(model_class, config).eval()
+        with torch.no_grad():
+            model.get_output_embeddings().bias.normal_()
+        inputs = make_inputs(model_class, config)
+        before = model(**inputs)[0]
+        for size in (70, 60):
+            model.resize_token_embeddings(size)
+            decoder = model.get_output_embeddings()
+            assert model.config.vocab_size == size
+            assert model.get_input_embeddings().weight.shape == (size, 20)
+            assert decoder.weight.shape == (size, 20)
+            assert decoder.bias.shape == model.cls.predictions.bias.shape == (size,)
+            assert decoder.bias is model.cls.predictions.bias
+            assert (decoder.weight is model.get_input_embeddings().weight) == tied
+            after = model(**inputs)[0]
+            assert after.shape[-1] == size
+            torch.testing.assert_close(after[..., :60], before)
+        labels = torch.full((3, 9), 59)
+        assert torch.isfinite(model(**inputs, labels=labels).loss)
+
+    def test_every_class(self, make_config, make_inputs, model_class):
+        config = make_config()
+        model = build(model_class, config).eval()
+        model.resize_token_embeddings(65)
+        inputs = make_inputs(model_class, config)
+        inputs["input_ids"].fill_(64)
+        model(**inputs)
+        assert model.get_input_embeddings().num_embeddings == 65
+
+
+class TestPadding:
+    """Outputs, loss, gradients and statistics of a model in training do not change with padding."""
+
+    ROWS = [list(range(5, 14)), list(range(20, 26))]
+
+    def batch(self, before, after, filler=0):
+        """The two rows of `ROWS`, with masks, labels and explicit positions, between `before` and `after` padding."""
+        width = max(map(len, self.ROWS))
+
+        def pad(values, fill):
+            return [fill] * (before + width - len(values) if before else 0) + values
+
+        inputs = {"input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
+        for row in self.ROWS:
+            columns = {
+                "input_ids": (row, filler),
+                "attention_mask": ([1] * len(row), 0),
+                "position_ids": (list(range(len(row))), 0),
+                "labels": ([token if token % 3 == 0 else -100 for token in row], -100),
+            }
+            for name, (values, fill) in columns.items():
+                padded = pad(values, fill)
+                inputs[name].append(padded + [fill] * (before + width + after - len(padded)))
+        return {name: torch.tensor(value) for name, value in inputs.items()}
+
+    @pytest.mark.parametrize("before, after", [(0, 9), (5, 0), (3, 4)])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [1, 5, 25, None])
+    def test_amount_and_place(self, make_config, scope, norm, before, after):
+        config = make_config(local_context_size=scope, lambda_norm=norm)
+        results = []
+        for inputs in (self.batch(0, 0), self.batch(before, after, filler=17)):
+            model = build(LambdaBertForMaskedLM, config).double().train()
+            output = model(**inputs)
+            output.loss.backward()
+            logits = output.logits[inputs["attention_mask"].bool()].detach()
+            statistics = {name: value for name, value in model.named_buffers() if "norm" in name}
+            results.append((output.loss.detach(), logits, statistics, gradients(model)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("before, after", [(0, 9), (5, 0), (3, 4)])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_pooled_output_is_that_of_the_first_token(self, make_config, scope, before, after):
+        config = make_config(local_context_size=scope)
+        label = {"sentence_order_label": torch.tensor([0, 1])}
+        results = []
+        for inputs in (self.batch(0, 0), self.batch(before, after, filler=17)):
+            model = build(LambdaBertForPreTrainingSOP, config).double().train()
+            output = model(**inputs, **label)
+            output.loss.backward()
+            results.append((output.seq_relationship_logits.detach(), output.sop_loss.detach(), gradients(model)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
+
+    def test_loss_of_every_head(self, make_config, make_inputs, make_labels, head_class):
+        """Padding on the right adds nothing to a loss and its gradients."""
+        config = make_config()
+        inputs, labels = make_inputs(head_class, config), make_labels(head_class, config)
+        padded_labels = {
+            name: F.pad(value, (0, 6), value=-100) if value.shape == (3, 9) else value for name, value in labels.items()
+        }
+        results = []
+        for batch in (inputs | labels, {name: F.pad(value, (0, 6)) for name, value in inputs.items()} | padded_labels):
+            model = build(head_class, config).double().train()
+            loss = model(**batch).loss
+            loss.backward()
+            results.append((loss.detach(), gradients(model)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_a_hole_keeps_its_width_and_not_its_content(self, make_config, scope, norm):
+        config = make_config(local_context_size=scope, lambda_norm=norm)
+        model = build(LambdaBertModel, config).double().eval()
+        kept = [0, 1, 2, 5, 6, 7]
+        tokens = torch.arange(10, 18)[None]
+        mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+        output = model(tokens, mask).last_hidden_state[:, kept]
+        other = model(torch.where(mask.bool(), tokens, 40), mask).last_hidden_state[:, kept]
+        torch.testing.assert_close(other, output, rtol=1e-10, atol=1e-10)
+        closed = model(tokens[:, kept], position_ids=torch.tensor([kept])).last_hidden_state
+        assert not torch.allclose(closed, output, rtol=1e-3, atol=1e-3)
+
+    def test_a_row_without_a_token_stays_finite(self, make_config, make_inputs, make_labels, model_class):
+        config = make_config(lambda_norm="batch")
+        model = build(model_class, config).train()
+        inputs = make_inputs(model_class, config)
+        inputs["attention_mask"][1] = 0
+        output = model(**inputs, **make_labels(model_class, config))
+        output[0].sum().backward()
+        assert torch.isfinite(output[0]).all()
+        assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.parametrize("by", ["input_ids", "inputs_embeds"])
+    def test_too_long_a_sequence(self, make_config, scope, by):
+        """Refused before any look-up: the tokens are out of the vocabulary too."""
+        model = build(LambdaBertModel, make_config(local_context_size=scope))
+        inputs = {"input_ids": torch.full((1, 41), 10**6)} if by == "input_ids" else {by: torch.randn(1, 41, 20)}
+        with pytest.raises(ValueError, match="max_position_embeddings") as error:
+            model(**inputs)
+        assert "41" in str(error.value) and "40" in str(error.value)
+
+    def test_the_longest_sequence_passes(self, make_config, make_inputs, model_class):
+        config = make_config(local_context_size=None)
+        build(model_class, config)(**make_inputs(model_class, config, length=40))
+
+    @pytest.mark.parametrize("shape", [(3, 9, 9), (3, 1, 9, 9), (3, 1, 1, 9)], ids=str)
+    def test_mask_with_a_query_axis(self, make_config, make_inputs, shape):
+        config = make_config()
+        inputs = make_inputs(LambdaBertModel, config) | {"attention_mask": torch.ones(shape)}
+        with pytest.raises(ValueError, match="attention_mask"):
+            build(LambdaBertModel, config)(**inputs)
+
+    @pytest.mark.parametrize("shape", [(3, 8), (3, 10), (2, 9), (9,)], ids=str)
+    def test_mask_of_another_size(self, make_config, make_inputs, shape):
+        config = make_config()
+        inputs = make_inputs(LambdaBertModel, config) | {"attention_mask": torch.ones(shape)}
+        with pytest.raises(ValueError, match="attention_mask") as error:
+            build(LambdaBertModel, config)(**inputs)
+        assert all(str(size) in str(error.value) for size in shape)
+
+    @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "flex_attention"])
+    def test_attention_implementations(self, make_config, implementation):
+        with pytest.raises((ValueError, ImportError)):
+            AutoModel.from_config(make_config(), attn_implementation=implementation)
+
+    def test_output_attentions(self, make_config, make_inputs, model_class):
+        config = make_config()
+        with pytest.raises(ValueError, match="output_attentions"):
+            build(model_class, config)(**make_inputs(model_class, config), output_attentions=True)
+
+    def test_output_attentions_in_the_config(self, make_config, make_inputs):
+        with pytest.raises(ValueError, match="output_attentions"):
+            config = make_config(output_attentions=True)
+            build(LambdaBertModel, config)(**make_inputs(LambdaBertModel, config))
+
+    @pytest.mark.parametrize("given", [(), ("input_ids", "inputs_embeds")], ids=["none", "both"])
+    def test_exactly_one_input(self, make_config, given):
+        inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "inputs_embeds": torch.randn(1, 4, 20)}
+        with pytest.raises(ValueError):
+            build(LambdaBertModel, make_config())(**{name: inputs[name] for name in given})
+
+
+class TestTrainerEvaluation:
+    @pytest.mark.parametrize("model_class", [LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP])
+    def test_gathers_no_lambda_params(self, make_config, tmp_path, model_class):
+        config = make_config(output_lambda_params=True)
+        model = build(model_class, config)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=4, report_to="none", disable_tqdm=True, use_cpu=True
+        )
+        examples = ragged_examples(model_class, EQUAL_COUNTS)
+        gathered = []
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            eval_dataset=examples,
+            data_collator=pad_to_longest,
+            compute_metrics=lambda prediction: gathered.append(prediction.predictions) or {},
+        )
+        metrics = trainer.evaluate()
+        arrays = gathered[0] if isinstance(gathered[0], tuple) else (gathered[0],)
+        assert metrics["eval_loss"] > 0
+        lambda_shape = (config.key_depth, config.hidden_size // config.num_lambda_queries)
+        assert all(array.shape[-2:] != lambda_shape for array in arrays)
+        assert arrays[0].shape[-1] == config.vocab_size
+
+
+class TestBertCheckpoint:
+    def test_everything_but_attention_loads(self, make_config, tmp_path):
+        fields = {"vocab_size": 60, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(1)
+        bert = BertForMaskedLM(BertConfig(**fields, intermediate_size=28, max_position_embeddings=40))
+        with torch.no_grad():
+            for parameter in bert.parameters():
+                parameter.normal_()
+        bert.save_pretrained(tmp_path)
+        model, report = LambdaBertForMaskedLM.from_pretrained(tmp_path, config=make_config(), output_loading_info=True)
+        source = bert.state_dict()
+        target = model.state_dict()
+        attention = {name for name in source if ".attention.self." in name}
+        lambdas = {name for name in target if ".attention.self." in name}
+        assert set(source) - attention == set(target) - lambdas
+        for name in set(source) - attention:
+            torch.testing.assert_close(target[name], source[name], rtol=0, atol=0)
+        assert lambdas and set(report["missing_keys"]) == lambdas
+        assert set(report["unexpected_keys"]) == attention
+        assert not report["mismatched_keys"]
