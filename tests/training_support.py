@@ -1,0 +1,109 @@
+"""What the tests of the pretraining command share: a small text, a small recipe, and runs in processes of their own."""
+
+import json
+import logging
+import os
+import random
+import socket
+import sys
+import traceback
+
+import torch
+
+import run_language_modeling
+
+WORDS = {
+    "subject": ["the fox", "a sailor", "her brother", "the old king", "my neighbour", "the cat"],
+    "verb": ["sees", "follows", "paints", "forgets", "carries", "sells"],
+    "object": ["a red boat", "the tall tower", "some bread", "the river", "an open door", "two stones"],
+    "place": ["near the sea", "in the garden", "at night", "behind the house", "on Sunday", "for a friend"],
+}
+RECIPE = {
+    "do_train": True,
+    "do_eval": True,
+    "objective": "sop",
+    "max_seq_length": 32,
+    "config_overrides": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_lambda_queries": 4,
+        "local_context_size": 5,
+        "max_position_embeddings": 32,
+    },
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "max_steps": 12,
+    "save_steps": 4,
+    "logging_steps": 3,
+    "eval_steps": 6,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def write_text(file, documents=12, sentences=10, seed=0):
+    """Writes documents of simple sentences, one sentence a line, blank lines between documents."""
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(documents):
+        for _ in range(sentences):
+            words = " ".join(rng.choice(WORDS[part]) for part in ("subject", "verb", "object", "place"))
+            lines.append(words[0].upper() + words[1:] + ".")
+        lines.append("")
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+def write_recipe(file, **values):
+    """Writes the small recipe with `values` in it; a value of None leaves an option out."""
+    recipe = {name: value for name, value in {**RECIPE, **values}.items() if value is not None}
+    file.write_text(json.dumps(recipe), encoding="utf-8")
+    return str(file)
+
+
+def start_command(argv, log, **environment):
+    """Starts the command in a forked process that appends what it prints to `log`; returns the process's id."""
+    process = os.fork()
+    if process:
+        return process
+    status = 70
+    try:
+        stream = open(log, "a", encoding="utf-8")
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = sys.stderr = stream
+        os.environ.update(environment)
+        logging.getLogger().handlers.clear()
+        torch.set_num_threads(1)
+        status = run_language_modeling.main(argv)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        stream.flush()
+        os._exit(status)
+
+
+def start_distributed(argv, log, processes=2):
+    """Starts the command as torchrun does, in `processes` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start_command(
+            argv,
+            log,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(processes),
+            LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(*processes):
+    """Waits for processes; returns their exit statuses, negative for the signal that ended one."""
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
