@@ -48,6 +48,10 @@ WIKITEXT_JOINER = re.compile(r" @([-,.])@ ")
 PYTHON_DOCS_UNDERLINE = re.compile(r"^([*=~^-])\1+$", flags=re.MULTILINE)
 
 
+class UnreadableTextError(ValueError):
+    """A text source is missing, damaged or not what its name says."""
+
+
 @dataclass
 class CorpusArguments:
     """Which text to read, and how it falls into documents.
@@ -237,25 +241,25 @@ def read_files(paths: list[str], text_column: str, boundary: str) -> Iterator[di
             has_text = has_text or bool(text)
             yield {"text": text}
         if not has_text:
-            raise ValueError(f"{path} holds no text: remove it from the files given, or put text into it.")
+            raise UnreadableTextError(f"{path} holds no text: remove it from the files given, or put text into it.")
 
 
 def read_rows(path: str, text_column: str) -> Iterator[str | None]:
     """Yields the lines of a text file, or the text column of JSON lines or Parquet; None where a row has no text.
 
     Raises:
-        ValueError: If the file is missing, binary, truncated, not UTF-8 or not of its kind, or lacks the column.
+        UnreadableTextError: If the file is missing, binary, truncated, not UTF-8 or not of its kind, or lacks the column.
     """
     readers = {"parquet": _parquet_rows, "json": _json_rows, "text": _text_lines}
     try:
         yield from readers[_file_kind(path)](path, text_column)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UnreadableTextError(
             f"{path} is not UTF-8 text ({error.reason}, byte 0x{error.object[error.start]:02x}): "
             "convert it, for example with `iconv -t UTF-8`."
         ) from error
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
-        raise ValueError(
+        raise UnreadableTextError(
             f"{path} cannot be read to its end ({error}): fetch or write it again, and check that its suffix says "
             "what it is."
         ) from error
@@ -459,7 +463,7 @@ def _content_hash(path: str) -> str:
             while block := file.read(BYTES_AT_A_TIME):
                 content.update(block)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+        raise UnreadableTextError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     return content.hexdigest()
 
 
@@ -471,7 +475,7 @@ def _open(path: str) -> io.IOBase:
 def _text_lines(path: str, text_column: str) -> Iterator[str]:
     with _open(path) as stream:
         if b"\0" in stream.read(BYTES_AT_A_TIME):
-            raise ValueError(
+            raise UnreadableTextError(
                 f"{path} is binary or UTF-16, not UTF-8 text: convert it, or give it the suffix of what it is "
                 f"({', '.join((*FILE_KINDS, *COMPRESSION_SUFFIXES))})."
             )
@@ -487,18 +491,20 @@ def _json_rows(path: str, text_column: str) -> Iterator[str | None]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UnreadableTextError(
                 f"{path}, line {number}, is not JSON ({error}): write one object a line (JSON lines)."
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(
+            raise UnreadableTextError(
                 f"{path}, line {number}, holds a JSON {type(row).__name__}: write one object a line (JSON lines)."
             )
         if first_row and text_column not in row:
-            raise ValueError(f"{path} has no {text_column!r} but {', '.join(row)}: name the column with text_column.")
+            raise UnreadableTextError(
+                f"{path} has no {text_column!r} but {', '.join(row)}: name the column with text_column."
+            )
         text = row.get(text_column)
         if not isinstance(text, str | None):
-            raise ValueError(
+            raise UnreadableTextError(
                 f"{path}, line {number}: {text_column!r} holds {type(text).__name__}, not text: "
                 "name another column with text_column."
             )
@@ -510,11 +516,11 @@ def _parquet_rows(path: str, text_column: str) -> Iterator[str | None]:
     with pq.ParquetFile(path) as file:
         columns = file.schema_arrow
         if text_column not in columns.names:
-            raise ValueError(
+            raise UnreadableTextError(
                 f"{path} has no {text_column!r} but {', '.join(columns.names)}: name the column with text_column."
             )
         if columns.field(text_column).type not in (pa.string(), pa.large_string()):
-            raise ValueError(
+            raise UnreadableTextError(
                 f"{path}: {text_column!r} holds {columns.field(text_column).type}, not text: "
                 "name another column with text_column."
             )

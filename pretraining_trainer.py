@@ -140,8 +140,13 @@ def record_run(output_dir, settings):
     partial.replace(file)
 
 
-def example_sums(outputs, inputs):
+def example_sums(logits, sentence_logits, inputs):
     """Reduces a batch's logits to a few sums per example.
+
+    Args:
+        logits: of the masked tokens in their order, [M, vocab_size].
+        sentence_logits: [B, 2], or None without a sentence task.
+        inputs: the batch.
 
     Returns:
         [B, 6]: masked tokens, their summed loss (nats), how many of them were predicted; real tokens; the
@@ -149,8 +154,7 @@ def example_sums(outputs, inputs):
     """
     labels = inputs["labels"]
     masked = labels != -100
-    logits = outputs["logits"] if "logits" in outputs else outputs["prediction_logits"]
-    logits, targets, rows = logits[masked].float(), labels[masked], masked.nonzero()[:, 0]
+    logits, targets, rows = logits.float(), labels[masked], masked.nonzero()[:, 0]
 
     def per_example(values):
         return torch.zeros(len(labels), device=labels.device).index_add_(0, rows, values.float())
@@ -165,9 +169,8 @@ def example_sums(outputs, inputs):
     if sentence_labels is None:
         sums += [torch.full_like(sums[1], math.nan)] * 2
     else:
-        sentence_logits = outputs["seq_relationship_logits"].float()
         sums += [
-            F.cross_entropy(sentence_logits, sentence_labels, reduction="none"),
+            F.cross_entropy(sentence_logits.float(), sentence_labels, reduction="none"),
             sentence_logits.argmax(dim=-1) == sentence_labels,
         ]
     return torch.stack([values.float() for values in sums], dim=1)
@@ -318,9 +321,19 @@ class PretrainingTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Returns (None, sums [B, 6], masked tokens [B]), so that evaluation never gathers logits."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        sums = example_sums(outputs, inputs)
+        masked = inputs["labels"] != -100
+        head = self.accelerator.unwrap_model(model).cls.predictions
+        # the head, with its product of all tokens by the vocabulary, is most of a small model's work
+        hook = head.register_forward_pre_hook(lambda module, hidden_states: (hidden_states[0][masked],))
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        finally:
+            hook.remove()
+        logits = outputs["logits"] if "logits" in outputs else outputs["prediction_logits"]
+        if logits.dim() == 3:  # a compiled model leaves the hook out
+            logits = logits[masked]
+        sums = example_sums(logits, outputs.get("seq_relationship_logits"), inputs)
         return None, sums, sums[:, 0]
 
     def log(self, logs, start_time=None):

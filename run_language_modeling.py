@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from configuration_lambdabert import LambdaBertConfig
-from corpora import document_texts, load_corpus
+from corpora import UnreadableTextError, document_texts, load_corpus
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
 from pretraining_data import (
     LABEL_NAMES,
@@ -522,7 +522,7 @@ def main(argv=None):
         return fail(error)
     try:
         pretraining.run()
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, UnreadableTextError, OSError) as error:
         return fail(error)
     return 0
 

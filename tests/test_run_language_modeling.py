@@ -176,12 +176,12 @@ def test_evaluation_is_exact_whatever_the_batch_size(finished, text):
 
 
 def test_evaluation_keeps_sums_instead_of_logits():
-    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [5.0, 5.0]]])
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     inputs = {
         "labels": torch.tensor([[0, 0], [-100, -100]]),
         "attention_mask": torch.tensor([[1, 1], [1, 0]]),
     }
-    sums = example_sums({"logits": logits}, inputs)
+    sums = example_sums(logits, None, inputs)
     right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))
     torch.testing.assert_close(sums[0, :4], torch.tensor([2.0, right + wrong, 1.0, 2.0]))
     torch.testing.assert_close(sums[1, :4], torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -243,6 +243,24 @@ def test_streaming_trains(text, tmp_path):
     )
     assert finish(start_command([recipe], tmp_path / "log")) == [0], (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["step"] == RECIPE["max_steps"]
+
+
+def test_tensorboard_is_written_if_asked_for(text, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = tmp_path / "logs"
+    recipe = write_recipe(
+        tmp_path / "r.json",
+        output_dir=str(tmp_path / "run"),
+        report_to=["tensorboard"],
+        max_steps=3,
+        eval_steps=3,
+        **sources(text),
+    )
+    process = start_command([recipe], tmp_path / "log", TENSORBOARD_LOGGING_DIR=str(logs))
+    assert finish(process) == [0], (tmp_path / "log").read_text()
+    events = EventAccumulator(str(next(logs.rglob("events*")).parent)).Reload()
+    assert {"train/mlm_loss", "eval/mlm_loss", "eval/perplexity"} <= set(events.Tags()["scalars"])
 
 
 def test_continues_from_a_model(finished, text, tmp_path):

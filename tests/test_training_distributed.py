@@ -4,12 +4,24 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import pretraining_data
+from configuration_lambdabert import LambdaBertConfig
+from modeling_lambdabert import LambdaBertForMaskedLM
 from pretraining_data import train_wordpiece
 from training_support import RECIPE, finish, start_command, start_distributed, write_recipe, write_text
 
+SHARDED_CONFIG = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "num_lambda_queries": 2,
+    "max_position_embeddings": 32,
+}
 WITHOUT_DROPOUT = {**RECIPE["config_overrides"], "hidden_dropout_prob": 0.0}
 
 
@@ -79,8 +91,9 @@ def test_two_processes_equal_one_with_the_same_global_batch(text, one_process, t
         {"gradient_checkpointing": True},
         {"auto_find_batch_size": True, "gradient_checkpointing": True},
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"torch_compile": True, "torch_compile_backend": "eager", "pad_to_multiple_of": 32},
     ],
-    ids=["accumulation", "activation checkpointing", "automatic batch size", "lasting loader process"],
+    ids=["accumulation", "activation checkpointing", "automatic batch size", "lasting loader process", "compiled"],
 )
 def test_the_way_a_batch_is_computed_changes_nothing(text, one_process, tmp_path, values):
     assert_equal_to_rounding(one_process[0], run(text, tmp_path / "run", **values)[0])
@@ -131,3 +144,34 @@ def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
     examples = seen.read_text().splitlines()
     assert len(examples) == 40
     assert len(set(examples)) == 40
+
+
+def sharded_gradients(rank, folder):
+    """Gradients of a model whose every layer is sharded over two processes, gathered by rank 0 into `folder`."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = LambdaBertForMaskedLM(LambdaBertConfig(vocab_size=40, hidden_dropout_prob=0.0, **SHARDED_CONFIG))
+    torch.save(model.state_dict(), folder / f"initial-{rank}.pt")
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    inputs = torch.load(folder / "inputs.pt")
+    model(input_ids=inputs[rank : rank + 1], labels=inputs[rank : rank + 1]).loss.backward()
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save(gradients, folder / "gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_model_sharded_by_fsdp_has_the_same_gradients(tmp_path):
+    torch.manual_seed(1)
+    inputs = torch.randint(5, 40, (2, 9))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.multiprocessing.start_processes(sharded_gradients, (tmp_path,), nprocs=2, start_method="fork")
+    model = LambdaBertForMaskedLM(LambdaBertConfig(vocab_size=40, hidden_dropout_prob=0.0, **SHARDED_CONFIG))
+    model.load_state_dict(torch.load(tmp_path / "initial-0.pt"))
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    sharded = torch.load(tmp_path / "gradients.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(sharded[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)

@@ -200,3 +200,20 @@ def test_folder_of_something_else_is_refused(text, tmp_path, capfd):
     assert run_language_modeling.main([recipe_for(text, output_dir)]) == 1
     assert "README.md" in capfd.readouterr().err
     assert [(file.name, file.read_text()) for file in output_dir.iterdir()] == [("README.md", "mine")]
+
+
+def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path):
+    train = tmp_path / "train.txt"
+    shutil.copy(text / "train.txt", train)
+    stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 40, "do_eval": None, "eval_steps": None}
+    recipe = recipe_for(text, tmp_path / "run", **stream)
+    log = tmp_path / "log"
+    process = start_command([recipe, "--train_file", str(train)], log)
+    wait_for(tmp_path / "run" / "checkpoint-4" / "trainer_state.json", process)
+    train.rename(tmp_path / "elsewhere.txt")
+    assert finish(process) == [1]
+    assert re.search(rf"^error: {train} cannot be read to its end .*", log.read_text(), re.MULTILINE)
+    assert "Traceback" not in log.read_text()
+    train.hardlink_to(tmp_path / "elsewhere.txt")
+    assert finish(start_command([recipe, "--train_file", str(train)], log)) == [0], log.read_text()
+    assert "Going on from" in log.read_text()

@@ -1,0 +1,100 @@
+"""The README's snippets and commands, setup.sh and the installed package do what they say."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, BertTokenizer
+
+import modeling_lambdabert
+from run_language_modeling import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_python_runs_and_its_shapes_hold(monkeypatch):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "attention", "really", "all", "you", "need", "?"]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(snippet, names)
+    out = names["out"]
+    assert out.last_hidden_state.shape == (1, 9, 768)
+    assert out.pooler_output.shape == (1, 768)
+    assert [tuple(params.shape) for params in out.lambda_params] == [(1, 8, 96)] * 12
+    assert out[0] is out.last_hidden_state and out[1] is out.pooler_output and out[2] is out.lambda_params
+
+
+def test_readme_commands_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = re.sub(r"\\\n|\n(?=configs/)", " ", README)
+    commands = re.findall(r"python run_language_modeling\.py +(-.*|configs/\w+\.json)", text)
+    assert len(commands) >= 3
+    for command in commands:
+        _, data_arguments, training_arguments = parse_arguments(shlex.split(command.rstrip("`.")))
+        assert training_arguments.eval_strategy == "steps" and training_arguments.eval_steps == 100
+        assert data_arguments.objective == "sop"
+
+
+def test_readme_names_every_model_class_and_existing_paths():
+    for name in modeling_lambdabert.__all__:
+        if name != "LambdaBertPreTrainedModel":
+            assert f"| `{name}` |" in README
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    table = README[README.index("## Where things live") :]
+    for path in re.findall(r"`([\w/]+(?:\.\w+)?/?)`", table):
+        assert (ROOT / path).exists(), path
+
+
+def test_setup_script_refuses_unknown_arguments_and_names_them():
+    done = subprocess.run([ROOT / "setup.sh", "everything"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "everything" in done.stderr and "demo" in done.stderr
+
+
+def test_setup_script_says_which_install_failed(tmp_path):
+    for name in ("setup.sh", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "setup.sh").chmod(0o755)
+    (tmp_path / "requirements.txt").write_text("no-such-package-anywhere==1\n")
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PYTHON": sys.executable}
+    done = subprocess.run([tmp_path / "setup.sh"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "pip could not install" in done.stderr
+    assert not list((tmp_path / "env").glob("installed-*"))
+
+
+def test_installed_package_is_importable_from_anywhere(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in [
+        *ROOT.glob("*.py"),
+        *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
+    ]:
+        (source / file.name).write_bytes(file.read_bytes())
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", site, source], check=True, cwd=tmp_path)
+    program = (
+        "import configuration_lambdabert, corpora, lambda_layer, modeling_lambdabert, pretraining_data\n"
+        "import run_language_modeling\n"
+        "print(modeling_lambdabert.__file__, run_language_modeling.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / "modeling_lambdabert.py"), str(site / "run_language_modeling.py")]
