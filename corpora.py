@@ -248,7 +248,7 @@ def read_rows(path: str, text_column: str) -> Iterator[str | None]:
     """Yields the lines of a text file, or the text column of JSON lines or Parquet; None where a row has no text.
 
     Raises:
-        UnreadableTextError: If the file is missing, binary, truncated, not UTF-8 or not of its kind, or lacks the column.
+        UnreadableTextError: If the file is missing, binary, truncated, not UTF-8, not of its kind, or lacks the column.
     """
     readers = {"parquet": _parquet_rows, "json": _json_rows, "text": _text_lines}
     try:
