@@ -1,0 +1,217 @@
+"""What a model learns from a fixed budget: LambdaBERT next to BERT of the same shape, or one setting next to another.
+
+    python benchmarks/bench_quality.py benchmarks/quality/wikitext2.json --output results/wikitext2
+
+The recipe maps `pretraining` to options of the pretraining command, which all models share (text, tokenizer, masks,
+order of the data, optimizer, batch), and `models` to one entry each:
+
+    "LambdaBERT": {"architecture": "lambdabert", "config": {...}, "learning_rates": [5e-4, 1e-3], "max_steps": 400}
+
+`architecture` is "lambdabert", or "bert" for the `BertForMaskedLM` or `BertForPreTraining` of `transformers`; `seeds`
+lists the seeds. Each learning rate is tried with the first seed, and the one with the lowest final validation MLM loss
+is run with the others. A seed decides the initial weights, the order of the data and the training masks; the masks of
+validation and test text stay the same. Each finished run is kept in the output folder and not run again. The test text
+(`test_file`) is evaluated once, at the end of a run, and shown for the runs of the best rate only.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, set_seed
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from corpora import load_corpus
+from pretraining_data import prepare_examples
+from run_language_modeling import Pretraining, parse_arguments, set_up_logging
+
+LAMBDA_FIELDS = ("num_lambda_queries", "key_depth", "intra_depth", "local_context_size", "lambda_norm")
+DATA_SEED = 42  # of pairs and of evaluation masks
+
+
+class NextSentenceBert(BertForPreTraining):
+    """`BertForPreTraining` under the label name of either sentence task."""
+
+    def forward(self, *args, sentence_order_label=None, next_sentence_label=None, **kwargs):
+        label = sentence_order_label if next_sentence_label is None else next_sentence_label
+        return super().forward(*args, next_sentence_label=label, **kwargs)
+
+
+def bert(config, objective: str):
+    """BERT of the same width, depth, feed-forward size, vocabulary and dropout."""
+    fields = {name: value for name, value in config.to_dict().items() if name in BertConfig().to_dict()}
+    fields = {name: value for name, value in fields.items() if name not in ("model_type", "architectures", "auto_map")}
+    heads = max(1, config.hidden_size // 64)
+    fields |= {"num_attention_heads": heads, "attention_probs_dropout_prob": config.hidden_dropout_prob}
+    return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(BertConfig(**fields))
+
+
+def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) -> dict:
+    """Trains one model; returns its settings and curve."""
+    model = recipe["models"][name]
+    options = {
+        **recipe["pretraining"],
+        "output_dir": str(folder),
+        "config_overrides": {**recipe["pretraining"].get("config_overrides", {}), **model.get("config", {})},
+        "learning_rate": learning_rate,
+        "max_steps": model["max_steps"],
+        "do_train": True,
+        "do_eval": True,
+        "save_strategy": "no",
+        "seed": DATA_SEED,
+        "data_seed": seed,
+    }
+    options |= model.get("options", {})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(options, indent=2))
+    model_args, data_args, training_args = parse_arguments([str(folder / "recipe.json")])
+    set_up_logging(training_args)
+    pretraining = Pretraining(model_args, data_args, training_args)
+    set_seed(seed)
+    if model["architecture"] == "bert":
+        pretraining.model = bert(pretraining.model.config, data_args.objective)
+    else:
+        pretraining.model = type(pretraining.model)(pretraining.model.config)
+    trainer = pretraining.trainer()
+    trainer.data_collator.seed = seed
+    trainer.train()
+    curve = [
+        {name: record[name] for name in ("step", "num_input_tokens_seen", "seconds")}
+        | {key: value for key, value in record.items() if key.startswith("eval_")}
+        for record in trainer.state.log_history
+        if "eval_mlm_loss" in record
+    ]
+    test = {}
+    if recipe.get("test_file"):
+        rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
+        examples, _ = prepare_examples(rows, pretraining.tokenizer, data_args, seed=DATA_SEED, training=False)
+        test = trainer.evaluate(examples, metric_key_prefix="test")
+    return {
+        "model": name,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "parameters": pretraining.model.num_parameters(),
+        "lambda": {field: getattr(pretraining.model.config, field, None) for field in LAMBDA_FIELDS},
+        "curve": curve,
+        "test": test,
+        "environment": environment(),
+    }
+
+
+def environment() -> dict:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "commit": commit or None,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def final(result: dict) -> float:
+    return result["curve"][-1]["eval_mlm_loss"]
+
+
+def cached_run(recipe: dict, name: str, learning_rate: float, seed: int, output: Path) -> dict:
+    key = json.dumps([recipe["pretraining"], recipe["models"][name], recipe.get("test_file"), learning_rate, seed])
+    file = output / "runs" / f"{name.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    if not file.exists():
+        print(f"{name}, learning rate {learning_rate:g}, seed {seed}", flush=True)
+        result = run(recipe, name, learning_rate, seed, output / "work" / file.stem)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n")
+    return json.loads(file.read_text())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def table(best: dict[str, list[dict]]) -> str:
+    """A row for each model: mean and standard deviation over seeds."""
+    lines = [
+        "| model | parameters | learning rate | seeds | steps | tokens | minutes | valid MLM loss | valid accuracy "
+        "| test MLM loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, results in best.items():
+        last = [result["curve"][-1] for result in results]
+        test = spread([result["test"]["test_mlm_loss"] for result in results]) if results[0]["test"] else ""
+        lines.append(
+            f"| {name} | {results[0]['parameters'] / 1e6:.2f} M | {results[0]['learning_rate']:g} | {len(results)} "
+            f"| {last[0]['step']:,} | {last[0]['num_input_tokens_seen'] / 1e6:.2f} M "
+            f"| {statistics.mean(record['seconds'] for record in last) / 60:.1f} "
+            f"| {spread([record['eval_mlm_loss'] for record in last])} "
+            f"| {spread([record['eval_mlm_accuracy'] for record in last])} | {test} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(best: dict[str, list[dict]], file: Path):
+    """Validation MLM loss over steps, tokens and time; the line is the mean over seeds, the band their range."""
+    axes_of = {"step": ("steps", 1), "num_input_tokens_seen": ("million tokens", 1e6), "seconds": ("minutes", 60)}
+    figure, panels = plt.subplots(1, len(axes_of), figsize=(14, 4.2), sharey=True, layout="constrained")
+    for panel, (field, (label, unit)) in zip(panels, axes_of.items(), strict=True):
+        for name, results in best.items():
+            points = list(zip(*(result["curve"] for result in results), strict=True))
+            places = [statistics.mean(record[field] for record in point) / unit for point in points]
+            losses = [[record["eval_mlm_loss"] for record in point] for point in points]
+            (line,) = panel.plot(places, [statistics.mean(values) for values in losses], label=name, marker=".")
+            panel.fill_between(
+                places, list(map(min, losses)), list(map(max, losses)), alpha=0.2, color=line.get_color()
+            )
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("validation MLM loss (nats per masked token)")
+    panels[0].legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="folder for runs, table and plots")
+    parser.add_argument("--models", nargs="+", help="only these models of the recipe")
+    options = parser.parse_args()
+    recipe = json.loads(options.recipe.read_text())
+    first_seed, *other_seeds = recipe["seeds"]
+
+    best = {}
+    for name in options.models or recipe["models"]:
+        sweep = [
+            cached_run(recipe, name, rate, first_seed, options.output)
+            for rate in recipe["models"][name]["learning_rates"]
+        ]
+        winner = min(sweep, key=final)
+        for result in sweep:
+            print(f"{name}, learning rate {result['learning_rate']:g}: {final(result):.3f}", flush=True)
+        best[name] = [winner] + [
+            cached_run(recipe, name, winner["learning_rate"], seed, options.output) for seed in other_seeds
+        ]
+    text = table(best)
+    print(text)
+    (options.output / "table.md").write_text(text)
+    plot(best, options.output / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
