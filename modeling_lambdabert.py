@@ -154,6 +154,8 @@ class LambdaBertAttention(BertAttention):
         nn.Module.__init__(self)  # BertAttention's own would build self-attention
         self.self = LambdaLayer(config)
         self.output = BertSelfOutput(config)
+        # a branch that starts small, as GPT-2's: otherwise all tokens drift to one state before any context is learned
+        self.output.dense.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
     def forward(self, hidden_states, attention_mask=None):
         context, _ = self.self(hidden_states, attention_mask)
@@ -209,7 +211,7 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LambdaLayer):
             module.reset_parameters()
-        elif hasattr(module, "init_std"):  # a lambda layer's projection; of a layer, one weight alone may be missing
+        elif hasattr(module, "init_std"):  # a projection into or out of a lambda layer; one alone may be missing
             init.normal_(module.weight, std=module.init_std)
 
 

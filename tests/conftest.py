@@ -4,6 +4,7 @@ import importlib
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, each small
 
 import pytest
 import torch
