@@ -11,14 +11,14 @@ token ids; `--layers` cuts all of them alike. The parts:
     forward   evaluation, full sequences without a mask, `--tokens` tokens a batch or one sequence if that is longer
     train     forward, backward and AdamW step of the pretraining models (MLM and next sentence), 15 % of the tokens
               masked, `num_items_in_batch` given as the Trainer does
-    mixed     evaluation; 32 rows whose lengths are drawn from Beta(1, 3) times the longest length, which one row has, and
-              scaled to a mean of a quarter of it. Rows ending in "-full" get as many tokens in sequences of the
+    mixed     evaluation; 32 rows whose lengths are drawn from Beta(1, 3) times the longest length, which one row has,
+              and scaled to a mean of a quarter of it. Rows ending in "-full" get as many tokens in sequences of the
               longest length, without padding.
 
 Rows are named below, in `ROWS`. The floor is LambdaBERT whose lambda layers compute their three projections and
-nothing else: what its dense products cost, whatever is done about the lambdas. `-compiled` and `-int8` rows run only if
-named. Memory is the peak of a call in a fresh process, with the model's weights, gradients and optimizer states: resident
-memory beyond that of the imports on a CPU, allocated memory on a GPU.
+nothing else: what its dense products cost, whatever is done about the lambdas. `-compiled` and `-int8` rows run only
+if named. Memory is the peak of a call in a fresh process, with the model's weights, gradients and optimizer states:
+resident memory beyond that of the imports on a CPU, allocated memory on a GPU.
 
 The tests of the paths that are timed run first, and nothing is timed unless they pass.
 """
@@ -64,8 +64,8 @@ MIXED_ROWS = 32
 VOCABULARY = 30522
 MASKED_SHARE = 0.15
 LOCAL_SCOPE = 25
-TESTS = ["tests/test_lambda_layer.py", "tests/test_modeling.py"]
-TESTED_PATHS = "Definition or PositionLambda or Padding or Packing or Projections or Precision"
+TESTS = ["tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_unpadding.py"]
+TESTED_PATHS = "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_unpadding"
 
 
 class ProjectionsOnly(LambdaLayer):
@@ -346,7 +346,7 @@ def add_ratios(results: list[dict]):
 def table(results: list[dict]) -> str:
     """The results in Markdown."""
     lines = [
-        "| part | length | row | ms | tokens/s | speed / BERT | time / floor | time / full | peak MiB | memory / BERT |",
+        "| part | length | row | ms | tokens/s | speed / BERT | time / floor | time / full | MiB | memory / BERT |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
@@ -405,13 +405,12 @@ def environment(arguments: argparse.Namespace) -> dict:
     def git(*command):
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    packages = ("torch", "transformers", "einops")
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "einops")}
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else _processor()
     return {
         "commit": git("rev-parse", "HEAD") or None,
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | packages,
         "device": device,
         "threads": arguments.threads,
         "dtype": arguments.dtype,
