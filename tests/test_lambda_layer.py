@@ -194,6 +194,20 @@ class TestTiles:
         with torch.no_grad():
             torch.testing.assert_close(layer(hidden_states, None), expected, rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_autocast(self, make_config, scope, norm, dtype):
+        layer = random_layer(layer_config(make_config, local_context_size=scope, lambda_norm=norm), dtype=torch.float32)
+        hidden_states = torch.randn(2, 30, 6)
+        with torch.autocast("cpu", dtype=dtype):
+            expected, _ = layer(hidden_states, None)
+            with torch.no_grad():
+                actual, _ = layer(hidden_states, None)
+        assert actual.dtype == expected.dtype == dtype
+        error = (actual - expected).norm() / expected.norm()
+        assert error <= 2 * torch.finfo(dtype).eps
+
 
 class TestPacking:
     """Of packed tokens the layer makes what it makes of them in their rows."""
