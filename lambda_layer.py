@@ -26,6 +26,7 @@ from transformers import initialization as init
 LOCAL_BLOCK = 8  # query positions per dense product; fastest of 2 to 32 on CPU for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the direct global product is faster than the FFT on CPU
 TILE = 128  # query positions whose lambdas fill a processor core's cache
+OFF_STRIDE = 16  # numbers between rows to be transposed: strides of 2^i compete for few places in a cache
 FFT_TILE = 2**20  # numbers in the lambdas of one FFT; more of them leave the cache
 
 
@@ -138,15 +139,16 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
         kernel = rearrange(kernel, "f k u -> u k 1 f").contiguous()
         for depth in range(0, value_depth, depths):
             some = slice(depth, depth + depths)
-            signal = torch.fft.rfft(values[:, :, some].to(at_least_float32), n=period, dim=1)
+            signal = rearrange(values[:, :, some].to(at_least_float32), "b m v u -> b u v m")
+            signal = F.pad(signal, (0, period - length + OFF_STRIDE))[..., :period]
+            signal = torch.fft.rfft(rearrange(signal, "b u v m -> b m v u"), dim=1)
             signal = rearrange(signal, "b f v u -> u b 1 v f")
-            product = signal.new_zeros(())
-            for u in range(intra_depth):
-                product = torch.addcmul(product, kernel[u], signal[u])
+            # added to zero, because torch 2.13 compiles a plain complex product with a wrong gradient
+            product = torch.addcmul(signal.new_zeros(()), kernel[0], signal[0])
+            for u in range(1, intra_depth):
+                product.addcmul_(kernel[u], signal[u])
             convolution = torch.fft.irfft(product, n=period)[..., length - 1 : 2 * length - 1]
-            convolution = F.pad(convolution, (0, 16))[
-                ..., :length
-            ]  # a stride of 2^i wastes a cache, which transposing needs
+            convolution = F.pad(convolution, (0, OFF_STRIDE))[..., :length]
             lambdas[..., some] = rearrange(convolution, "b k v n -> b n k v")
     return lambdas.to(values.dtype)
 
