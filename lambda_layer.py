@@ -18,13 +18,21 @@ The layer turns its context into one small linear map per position, the lambda, 
 """
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-LOCAL_BLOCK = 16  # query positions per dense product; fastest of 8 to 64 on CPU for R = 25 and 63
+LOCAL_BLOCK = 8  # query positions per dense product; fastest of 2 to 32 on CPU for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the direct global product is faster than the FFT on CPU
+TILE = 128  # query positions whose lambdas fill a processor core's cache
+OFF_STRIDE = 16  # numbers between rows to be transposed: strides of 2^i compete for few places in a cache
+FFT_TILE = 2**20  # numbers in the lambdas of one FFT; more of them leave the cache
+
+
+def _as_a_whole(values: torch.Tensor) -> bool:
+    """Whether all lambdas are formed at once; inference on a CPU forms tile by tile what stays in its cache."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or values.device.type != "cpu"
 
 
 def content_lambda(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -37,14 +45,42 @@ def content_lambda(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     Returns:
         [B, K, V]
     """
-    return einsum(keys, values, "b m k u, b m v u -> b k v")
+    return rearrange(keys, "b m k u -> b k (m u)") @ rearrange(values, "b m v u -> b (m u) v")
 
 
-def local_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
+def local_position_lambda(context: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
     """Position lambda of a local scope (the paper's lambda convolution), in O(N).
 
     The positions are cut into blocks of T. The T lambdas of a block are one dense product of a Toeplitz matrix, which
     repeats E along its diagonals, with the S = T + R - 1 values in sight of the block.
+
+    Args:
+        context: values [B, N + R - 1, V, U] of the N positions and of R // 2 more on either side; zero at padding and
+            beyond the sequence. Fastest where V is the last axis in memory.
+        relative_embeddings: E, [R, K, U]; index r is the offset m - n = r - R // 2.
+
+    Returns:
+        [B, N, K, V]
+    """
+    scope, _, intra_depth = relative_embeddings.shape
+    length, value_depth = context.shape[1] - scope + 1, context.shape[2]
+    in_sight = LOCAL_BLOCK + scope - 1
+    rows = rearrange(context, "b m v u -> b (m u) v")
+    rows = F.pad(rows, (0, 0, 0, -length % LOCAL_BLOCK * intra_depth)) if length % LOCAL_BLOCK else rows
+    # of a single sequence, the overlapping windows are a view
+    windows = rows.flatten(1).unfold(1, in_sight * intra_depth * value_depth, LOCAL_BLOCK * intra_depth * value_depth)
+    windows = rearrange(windows, "b g (s v) -> (b g) s v", v=value_depth)
+    # row t holds E from column t on, and zeros elsewhere
+    toeplitz = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
+    toeplitz = rearrange(toeplitz, "t k u s -> (t k) (s u)")
+    lambdas = torch.bmm(toeplitz.expand(len(windows), -1, -1), windows)
+    return rearrange(lambdas, "(b g) (t k) v -> b (g t) k v", b=len(context), t=LOCAL_BLOCK)[:, :length]
+
+
+def convolved_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
+    """Position lambda of a local scope as the paper writes it, a convolution over N with U input and K output channels.
+
+    Slower than `local_position_lambda`.
 
     Args:
         values: [B, N, V, U], zero at padding.
@@ -52,21 +88,6 @@ def local_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tenso
 
     Returns:
         [B, N, K, V]
-    """
-    length, scope = values.shape[1], relative_embeddings.shape[0]
-    in_sight = LOCAL_BLOCK + scope - 1
-    padded = F.pad(values, (0, 0, 0, 0, scope // 2, scope // 2 + -length % LOCAL_BLOCK))
-    windows = padded.unfold(1, in_sight, LOCAL_BLOCK)
-    # row t holds E from column t on, and zeros elsewhere
-    toeplitz = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
-    lambdas = rearrange(toeplitz, "t k u s -> (t k) (s u)") @ rearrange(windows, "b g v u s -> b g (s u) v")
-    return rearrange(lambdas, "b g (t k) v -> b (g t) k v", t=LOCAL_BLOCK)[:, :length]
-
-
-def convolved_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
-    """Position lambda of a local scope as the paper writes it, a convolution over N with U input and K output channels.
-
-    Slower than `local_position_lambda`, with the same arguments and result.
     """
     folded = rearrange(values, "b n v u -> (b v) u n")
     kernel = rearrange(relative_embeddings, "r k u -> k u r")
@@ -104,18 +125,37 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     Returns:
         [B, N, K, V]
     """
-    length, dtype = values.shape[1], values.dtype
-    at_least_float32 = torch.promote_types(dtype, torch.float32)
+    batch, length, value_depth, intra_depth = values.shape
+    key_depth = relative_embeddings.shape[1]
+    at_least_float32 = torch.promote_types(values.dtype, torch.float32)
     centre = relative_embeddings.shape[0] // 2
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
     # a multiple of 128 has small prime factors; export cannot reason about the remainder
     period = 2 * length if torch.compiler.is_exporting() else 2 * (length + -length % 64)
+    depths = value_depth if _as_a_whole(values) else max(1, FFT_TILE // (batch * length * key_depth))
+    lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
     with torch.autocast(values.device.type, enabled=False):
         kernel = torch.fft.rfft(reversed_offsets.to(at_least_float32), n=period, dim=0)
-        signal = torch.fft.rfft(values.to(at_least_float32), n=period, dim=1)
-        product = kernel @ rearrange(signal, "b f v u -> b f u v")
-        lambdas = torch.fft.irfft(product, n=period, dim=1)[:, length - 1 : 2 * length - 1]
-    return lambdas.to(dtype)
+        kernel = rearrange(kernel, "f k u -> u k 1 f").contiguous()
+        for depth in range(0, value_depth, depths):
+            some = slice(depth, depth + depths)
+            signal = rearrange(values[:, :, some].to(at_least_float32), "b m v u -> b u v m")
+            signal = F.pad(signal, (0, period - length + OFF_STRIDE))[..., :period]
+            signal = torch.fft.rfft(rearrange(signal, "b u v m -> b m v u"), dim=1)
+            signal = rearrange(signal, "b f v u -> u b 1 v f")
+            # added to zero, because torch 2.13 compiles a plain complex product with a wrong gradient
+            product = torch.addcmul(signal.new_zeros(()), kernel[0], signal[0])
+            for u in range(1, intra_depth):
+                product.addcmul_(kernel[u], signal[u])
+            convolution = torch.fft.irfft(product, n=period)[..., length - 1 : 2 * length - 1]
+            convolution = F.pad(convolution, (0, OFF_STRIDE))[..., :length]
+            lambdas[..., some] = rearrange(convolution, "b k v n -> b n k v")
+    return lambdas.to(values.dtype)
+
+
+def apply_lambdas(queries: torch.Tensor, content: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Outputs [B, N, H, V] of queries [B, N, H, K] for lambdas [B, K, V] and [B, N, K, V]."""
+    return queries @ (rearrange(content, "b k v -> b 1 k v") + position)
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -173,7 +213,7 @@ def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor |
     return normalised.to(inputs.dtype)  # autocast normalises in float32
 
 
-def _token_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+def as_token_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     """The mask as bool [B, N], True = token."""
     if attention_mask is None:
         return None
@@ -233,43 +273,69 @@ class LambdaLayer(nn.Module):
         std = std / (depth * intra * std.square().sum()).sqrt()
         init.copy_(self.relative_embeddings, torch.randn_like(self.relative_embeddings) * std[:, None, None])
 
-    def position_lambda(self, values: torch.Tensor) -> torch.Tensor:
-        """Position lambda [B, N, K, V] of values [B, N, V, U] that are zero at padding."""
+    @property
+    def reach(self) -> int:
+        """Places on either side of the sequence that `position_lambda` takes with it: R // 2, or none."""
         # an exported program serves every length, so it holds no path that suits only some
-        exporting = torch.compiler.is_exporting()
+        return 0 if self.is_global or torch.compiler.is_exporting() else self.relative_embeddings.shape[0] // 2
+
+    def position_lambda(self, context: torch.Tensor) -> torch.Tensor:
+        """Position lambda [B, N, K, V] of values [B, N + 2 reach, V, U]."""
         if not self.is_global:
-            local = convolved_position_lambda if exporting else local_position_lambda
-            return local(values, self.relative_embeddings)
-        if not exporting and not torch.compiler.is_compiling() and values.shape[1] <= DIRECT_LENGTH:
-            return direct_position_lambda(values, self.relative_embeddings)
-        return fft_position_lambda(values, self.relative_embeddings)
+            local = convolved_position_lambda if torch.compiler.is_exporting() else local_position_lambda
+            return local(context, self.relative_embeddings)
+        if not torch.compiler.is_compiling() and context.shape[1] <= DIRECT_LENGTH:
+            return direct_position_lambda(context, self.relative_embeddings)
+        return fft_position_lambda(context, self.relative_embeddings)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, packing=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies the layer.
 
         Args:
-            hidden_states: [B, N, D]
+            hidden_states: [B, N, D]; or the real tokens alone, [1, T, D], with `packing`.
             attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens.
+            packing: the `unpadding.Packing` of packed tokens, in place of the mask.
 
         Returns:
-            The output [B, N, D] and the content lambda [B, K, V].
+            The output, shaped as `hidden_states`, and the content lambda [B, K, V].
 
         Raises:
             ValueError: the mask is not [B, N], or N exceeds the offset table of a global scope.
         """
-        batch, length, _ = hidden_states.shape
+        token_mask = as_token_mask(attention_mask, *hidden_states.shape[:2])
+        projected = (
+            _normalise(self.query_norm, self.to_queries(hidden_states), token_mask),
+            self.to_keys(hidden_states),
+            _normalise(self.value_norm, self.to_values(hidden_states), token_mask),
+        )
+        if packing is None:
+            return self.mix(*projected, token_mask)
+        outputs, contents = [], []
+        for group in packing.groups:
+            output, content = self.mix(*map(group.pad, projected), group.mask)
+            outputs.append(group.unpad(output))
+            contents.append(content)
+        return torch.cat(outputs)[None], packing.unpack_rows(torch.cat(contents))
+
+    def mix(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B, N, D] and content lambda [B, K, V] of what was projected.
+
+        Args:
+            queries: [B, N, H K]
+            keys: [B, N, K U]
+            values: [B, N, V U]
+            token_mask: bool [B, N], True = token; None = all are.
+        """
+        batch, length, _ = queries.shape
         if self.is_global and length > self.max_length:
             raise ValueError(
                 f"The sequence has {length} tokens, but max_position_embeddings={self.max_length} bounds the global "
                 "scope: shorten the input, raise max_position_embeddings or set local_context_size."
             )
-        token_mask = _token_mask(attention_mask, batch, length)
-
-        queries = _normalise(self.query_norm, self.to_queries(hidden_states), token_mask)
-        keys = self.to_keys(hidden_states)
-        values = _normalise(self.value_norm, self.to_values(hidden_states), token_mask)
         softmax_dtype = torch.promote_types(keys.dtype, torch.float32)
         if token_mask is not None:
             padding = ~token_mask[..., None]
@@ -280,8 +346,30 @@ class LambdaLayer(nn.Module):
 
         queries = rearrange(queries, "b n (h k) -> b n h k", h=self.num_queries)
         keys = rearrange(keys, "b m (k u) -> b m k u", u=self.intra_depth)
-        values = rearrange(values, "b m (v u) -> b m v u", u=self.intra_depth)
-        content = content_lambda(keys, values)
-        lambdas = rearrange(content, "b k v -> b 1 k v") + self.position_lambda(values)
-        output = einsum(queries, lambdas, "b n h k, b n k v -> b n h v")
-        return rearrange(output, "b n h v -> b n (h v)"), content
+        # in memory, V comes last: what is summed over, m and u, then has one stride
+        context = F.pad(
+            rearrange(values, "b m (v u) -> b m u v", u=self.intra_depth), (0, 0, 0, 0, self.reach, self.reach)
+        )
+        context = rearrange(context.contiguous(), "b m u v -> b m v u")
+        content = content_lambda(keys, context[:, self.reach : self.reach + length])
+        if _as_a_whole(values):
+            outputs = apply_lambdas(queries, content, self.position_lambda(context))
+        else:
+            outputs = self._tiled_outputs(queries, content, context)
+        return rearrange(outputs, "b n h v -> b n (h v)"), content
+
+    def _tiled_outputs(self, queries: torch.Tensor, content: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        batch, length = queries.shape[:2]
+        outputs = queries.new_empty(*queries.shape[:3], content.shape[-1])
+        rows = max(1, (FFT_TILE // content[0].numel() if self.is_global else TILE) // length)
+        for row in range(0, batch, rows):
+            some = slice(row, row + rows)
+            position = self.position_lambda(context[some]) if self.is_global else None
+            for place in range(0, length, TILE):
+                here = slice(place, place + TILE)
+                if self.is_global:
+                    tile = position[:, here]
+                else:
+                    tile = self.position_lambda(context[some, place : place + TILE + 2 * self.reach])
+                outputs[some, here] = apply_lambdas(queries[some, here], content[some], tile)
+        return outputs

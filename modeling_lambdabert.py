@@ -54,19 +54,21 @@ from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
     from .configuration_lambdabert import LambdaBertConfig
-    from .lambda_layer import LambdaLayer
+    from .lambda_layer import LambdaLayer, as_token_mask
+    from .unpadding import Packing
 except ImportError:
     if __package__:
         raise
     from configuration_lambdabert import LambdaBertConfig
-    from lambda_layer import LambdaLayer
+    from lambda_layer import LambdaLayer, as_token_mask
+    from unpadding import Packing
 
 
 @dataclass
 class LambdaBertModelOutput(ModelOutput):
     """Output of `LambdaBertModel`.
 
-    last_hidden_state: [B, N, D]
+    last_hidden_state: [B, N, D], 0 at padding.
     pooler_output: [B, D], or None without a pooling layer.
     hidden_states: the embeddings and every layer's output, [B, N, D] each, if asked for.
     lambda_params: every layer's content lambda, [B, K, V] each, if asked for.
@@ -123,8 +125,8 @@ class LambdaBertQuestionAnsweringOutput(ModelOutput):
 class LambdaBertEmbeddings(BertEmbeddings):
     """BERT's embeddings, which refuse what exceeds their position table before looking anything up."""
 
-    def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None):
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+    def check_positions(self, length: int, position_ids: torch.Tensor | None):
+        """Refuses N = `length` tokens, or `position_ids` [B, N], that the position table does not hold."""
         limit = self.position_embeddings.num_embeddings
         if position_ids is None and length > limit:
             raise ValueError(
@@ -139,6 +141,9 @@ class LambdaBertEmbeddings(BertEmbeddings):
                     f"position_ids go up to {highest}, but max_position_embeddings={limit} bounds them to "
                     f"{limit - 1}: lower them or use a model with a larger max_position_embeddings."
                 )
+
+    def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        self.check_positions((input_ids if input_ids is not None else inputs_embeds).shape[1], position_ids)
         return super().forward(
             input_ids=input_ids,
             token_type_ids=token_type_ids,
@@ -157,8 +162,8 @@ class LambdaBertAttention(BertAttention):
         # a branch that starts small, as GPT-2's: otherwise all tokens drift to one state before any context is learned
         self.output.dense.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
-    def forward(self, hidden_states, attention_mask=None):
-        context, _ = self.self(hidden_states, attention_mask)
+    def forward(self, hidden_states, attention_mask=None, packing=None):
+        context, _ = self.self(hidden_states, attention_mask, packing)
         return self.output(context, hidden_states)
 
 
@@ -171,8 +176,8 @@ class LambdaBertLayer(BertLayer):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states, attention_mask=None):
-        hidden_states = self.attention(hidden_states, attention_mask)
+    def forward(self, hidden_states, attention_mask=None, packing=None):
+        hidden_states = self.attention(hidden_states, attention_mask, packing)
         return apply_chunking_to_forward(
             self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
         )
@@ -184,9 +189,9 @@ class LambdaBertEncoder(BertEncoder):
         self.config = config
         self.layer = nn.ModuleList([LambdaBertLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states, attention_mask=None):
+    def forward(self, hidden_states, attention_mask=None, packing=None):
         for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask)
+            hidden_states = layer(hidden_states, attention_mask, packing)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -261,14 +266,45 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 "output_attentions=True: a lambda layer has no attention weights; its content lambdas are returned "
                 "with output_lambda_params=True."
             )
-        hidden_states = self.embeddings(
-            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )
-        hidden_states = self.encoder(hidden_states, attention_mask).last_hidden_state
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        batch, length = tokens.shape[:2]
+        self.embeddings.check_positions(length, position_ids)
+        token_mask = as_token_mask(attention_mask, batch, length)
+        packing = None
+        if token_mask is not None:
+            token_mask = token_mask.to(tokens.device)
+            if self._may_pack(token_mask, **kwargs):
+                if token_mask.all():
+                    token_mask = None
+                elif token_mask.any():
+                    packing = Packing(token_mask)
+
+        inputs = {
+            "input_ids": input_ids,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if packing is not None:
+            positions = torch.arange(length, device=tokens.device)[None] if position_ids is None else position_ids
+            inputs["position_ids"] = positions.expand(batch, length)
+            inputs = {name: None if value is None else packing.pack(value) for name, value in inputs.items()}
+            hidden_states = self.encoder(self.embeddings(**inputs), packing=packing).last_hidden_state
+            hidden_states = packing.unpack(hidden_states)
+        else:
+            hidden_states = self.encoder(self.embeddings(**inputs), token_mask).last_hidden_state
+            if token_mask is not None:
+                hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
         pooler_output = None
         if self.pooler is not None:
             pooler_output = self.pooler(_first_token(hidden_states, attention_mask))
         return LambdaBertModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
+
+    def _may_pack(self, token_mask: torch.Tensor, **kwargs) -> bool:
+        """Whether padding may be left out: hidden states keep it, and so do graphs that serve other masks as well."""
+        of_one_mask = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not token_mask.is_meta
+        keeps_layout = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward
 
 
 def _first_token(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ import lambda_layer
 import reference
 from lambda_layer import LambdaLayer
 from modeling_lambdabert import LambdaBertModel
+from unpadding import Packing
 
 NORMS = ["none", "layer", "rms", "batch"]
 SCOPES = [1, 3, 25, None]
@@ -166,6 +167,70 @@ class TestDefinition:
         assert torch.autograd.gradcheck(function, (hidden_states, *leaves))
 
 
+class TestTiles:
+    """Inference forms the lambdas tile by tile; tiles far smaller than a cache leave no border untried."""
+
+    @pytest.mark.parametrize("kind", ["none", "tail", "holes", "empty row"])
+    @pytest.mark.parametrize("fft_tile, tile", [(1, 1), (40, 3), (200, 8), (2**20, 256)])
+    @pytest.mark.parametrize("scope", [1, 3, 25, None])
+    def test_definition(self, make_config, monkeypatch, scope, fft_tile, tile, kind):
+        monkeypatch.setattr(lambda_layer, "TILE", tile)
+        monkeypatch.setattr(lambda_layer, "FFT_TILE", fft_tile)
+        monkeypatch.setattr(lambda_layer, "DIRECT_LENGTH", 0)
+        config = layer_config(make_config, local_context_size=scope)
+        layer = random_layer(config)
+        hidden_states = torch.randn(3, 17, config.hidden_size, dtype=torch.float64)
+        with torch.inference_mode():
+            assert_agrees_with_reference(layer, config, hidden_states, random_mask(kind, 3, 17))
+
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("length", [*LENGTHS, 300, 1000])
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_inference_equals_training(self, make_config, scope, length, norm):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm, max_position_embeddings=1000)
+        layer = random_layer(config)
+        hidden_states = torch.randn(2, length, config.hidden_size, dtype=torch.float64)
+        expected = layer(hidden_states, None)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(hidden_states, None), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [25, None])
+    def test_autocast(self, make_config, scope, norm, dtype):
+        layer = random_layer(layer_config(make_config, local_context_size=scope, lambda_norm=norm), dtype=torch.float32)
+        hidden_states = torch.randn(2, 30, 6)
+        with torch.autocast("cpu", dtype=dtype):
+            expected, _ = layer(hidden_states, None)
+            with torch.no_grad():
+                actual, _ = layer(hidden_states, None)
+        assert actual.dtype == expected.dtype == dtype
+        error = (actual - expected).norm() / expected.norm()
+        assert error <= 2 * torch.finfo(dtype).eps
+
+
+class TestPacking:
+    """Of packed tokens the layer makes what it makes of them in their rows."""
+
+    @pytest.mark.parametrize("inference", [False, True])
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("kind", ["none", "tail", "left", "holes", "empty row"])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [3, 25, None])
+    def test_definition(self, make_config, scope, norm, kind, training, inference):
+        config = layer_config(make_config, local_context_size=scope, lambda_norm=norm)
+        layer = random_layer(config).train(training)
+        hidden_states = torch.randn(4, 11, config.hidden_size, dtype=torch.float64)
+        mask = random_mask(kind, 4, 11)
+        mask[3, 4:] = 0
+        packing = Packing(mask.bool())
+        expected, expected_content = reference_output(layer, config, hidden_states, mask)
+        with torch.inference_mode(inference):
+            output, content = layer(packing.pack(hidden_states), packing=packing)
+        torch.testing.assert_close(output, packing.pack(expected), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(content, expected_content, rtol=1e-10, atol=1e-10)
+
+
 def reference_position_lambda(values, relative_embeddings, scope):
     batch, length, value_depth, intra_depth = values.shape
     key_depth = relative_embeddings.shape[1]
@@ -177,19 +242,33 @@ def reference_position_lambda(values, relative_embeddings, scope):
     return torch.tensor(result, dtype=torch.float64)
 
 
+def local_position_lambda(values, table):
+    reach = len(table) // 2
+    return lambda_layer.local_position_lambda(F.pad(values, (0, 0, 0, 0, reach, reach)), table)
+
+
+POSITION_LAMBDAS = {
+    "local": local_position_lambda,
+    "convolved": lambda_layer.convolved_position_lambda,
+    "direct": lambda_layer.direct_position_lambda,
+    "fft": lambda_layer.fft_position_lambda,
+}
+
+
 class TestPositionLambda:
-    """The three ways of computing the position lambda; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
+    """The four ways of computing the position lambda; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
 
     @pytest.mark.parametrize("length", LENGTHS)
     @pytest.mark.parametrize("size", [1, 3, 25])
-    def test_local(self, size, length):
+    @pytest.mark.parametrize("name", ["local", "convolved"])
+    def test_local(self, name, size, length):
         torch.manual_seed(0)
         values = torch.randn(2, length, 3, 2, dtype=torch.float64)
         table = torch.randn(size, 4, 2, dtype=torch.float64)
         expected = reference_position_lambda(values, table, size)
-        torch.testing.assert_close(lambda_layer.local_position_lambda(values, table), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("name", ["direct_position_lambda", "fft_position_lambda"])
+    @pytest.mark.parametrize("name", ["direct", "fft"])
     @pytest.mark.parametrize("limit", [63, 100])
     @pytest.mark.parametrize("length", LENGTHS)
     def test_global(self, name, limit, length):
@@ -197,7 +276,7 @@ class TestPositionLambda:
         values = torch.randn(2, length, 3, 2, dtype=torch.float64)
         table = torch.randn(2 * limit - 1, 4, 2, dtype=torch.float64)
         expected = reference_position_lambda(values, table, None)
-        torch.testing.assert_close(getattr(lambda_layer, name)(values, table), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("length", [1, 5, 64])
     def test_direct_and_fft_have_the_same_gradients(self, length):
@@ -211,20 +290,20 @@ class TestPositionLambda:
         ]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("name", ["local_position_lambda", "direct_position_lambda", "fft_position_lambda"])
+    @pytest.mark.parametrize("name", POSITION_LAMBDAS)
     def test_gradcheck(self, name):
         torch.manual_seed(0)
         values = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
         table = torch.randn(9, 2, 2, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(getattr(lambda_layer, name), (values, table))
+        assert torch.autograd.gradcheck(POSITION_LAMBDAS[name], (values, table))
 
     @pytest.mark.parametrize("shift", [1, 4, 11])
-    @pytest.mark.parametrize("name", ["local_position_lambda", "direct_position_lambda", "fft_position_lambda"])
+    @pytest.mark.parametrize("name", POSITION_LAMBDAS)
     def test_translation_equivariance(self, name, shift):
         """Moving all values by `shift` places moves the position lambdas with them."""
         torch.manual_seed(0)
-        function = getattr(lambda_layer, name)
-        table = torch.randn(9 if name.startswith("local") else 2 * 32 - 1, 4, 2, dtype=torch.float64)
+        function = POSITION_LAMBDAS[name]
+        table = torch.randn(9 if name in ("local", "convolved") else 2 * 32 - 1, 4, 2, dtype=torch.float64)
         values = F.pad(torch.randn(1, 10, 3, 2, dtype=torch.float64), (0, 0, 0, 0, 0, 14))
         moved = torch.roll(values, shift, dims=1)
         torch.testing.assert_close(
@@ -547,9 +626,8 @@ class TestPrecision:
         with torch.no_grad():
             exact = model.double()(**inputs).last_hidden_state[real]
             actual = model.bfloat16()(**inputs).last_hidden_state
-            monkeypatch.setattr(
-                LambdaLayer, "forward", lambda self, *args, **kwargs: plain_forward(self, *args, **kwargs)
-            )
+            monkeypatch.setattr(LambdaBertModel, "_may_pack", lambda *args, **kwargs: False)
+            monkeypatch.setattr(LambdaLayer, "forward", lambda self, states, mask, _: plain_forward(self, states, mask))
             plain = model(**inputs).last_hidden_state
         assert actual.dtype == torch.bfloat16
         assert relative_error(actual[real], exact) <= 2 * relative_error(plain[real], exact)

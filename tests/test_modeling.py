@@ -585,6 +585,106 @@ class TestPadding:
         assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
 
+class TestPacking:
+    """A batch whose padding is left out gives what it gives with it."""
+
+    MASKS = {
+        "tails": lambda mask: mask[1:].copy_(torch.arange(23) < torch.tensor([[4], [22], [16], [11]])),
+        "left": lambda mask: mask[1:].copy_(torch.arange(23) >= torch.tensor([[4], [22], [16], [11]])),
+        "holes": lambda mask: mask[1:, ::3].zero_(),
+        "empty row": lambda mask: mask[2].zero_(),
+    }
+
+    @staticmethod
+    def results(model, inputs, monkeypatch, packed):
+        sizes = []
+        handle = model.encoder.layer[0].register_forward_hook(lambda _, args, output: sizes.append(output.shape[:2]))
+        with monkeypatch.context() as patch:
+            if not packed:
+                patch.setattr(LambdaBertModel, "_may_pack", lambda *args, **kwargs: False)
+            output = model(**inputs, output_lambda_params=True)
+        handle.remove()
+        mask = inputs["attention_mask"]
+        assert sizes == [(1, mask.sum()) if packed else mask.shape]
+        if torch.is_grad_enabled():
+            (output.last_hidden_state.sin().sum() + output.pooler_output.sum()).backward()
+        statistics = {name: value.clone() for name, value in model.named_buffers() if "norm" in name}
+        outputs = output.last_hidden_state, output.pooler_output, output.lambda_params
+        return outputs, statistics, gradients(model)
+
+    @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+    @pytest.mark.parametrize("kind", MASKS)
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_same_results(self, make_config, make_inputs, monkeypatch, scope, norm, kind, training):
+        config = make_config(local_context_size=scope, lambda_norm=norm)
+        inputs = make_inputs(LambdaBertModel, config, batch=5, length=23)
+        self.MASKS[kind](inputs["attention_mask"])
+        with torch.set_grad_enabled(training):
+            packed, padded = (
+                self.results(
+                    build(LambdaBertModel, config).double().train(training), inputs, monkeypatch, packed=packed
+                )
+                for packed in (True, False)
+            )
+        torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("given", ["position_ids", "one row of position_ids", "inputs_embeds"])
+    def test_other_inputs(self, make_config, make_inputs, monkeypatch, given):
+        config = make_config()
+        inputs = make_inputs(LambdaBertModel, config, batch=5, length=23)
+        self.MASKS["tails"](inputs["attention_mask"])
+        if given == "inputs_embeds":
+            inputs["inputs_embeds"] = torch.randn(5, 23, 20, dtype=torch.float64)
+            del inputs["input_ids"], inputs["token_type_ids"]
+        else:
+            inputs["position_ids"] = torch.randint(0, 40, (5 if given == "position_ids" else 1, 23))
+        packed, padded = (
+            self.results(build(LambdaBertModel, config).double(), inputs, monkeypatch, packed=packed)
+            for packed in (True, False)
+        )
+        torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-10)
+
+    def test_more_tokens_than_positions(self, make_config, make_inputs, monkeypatch):
+        """Many packed rows exceed the position table that each of them keeps to."""
+        config = make_config()
+        inputs = make_inputs(LambdaBertModel, config, batch=20, length=23)
+        inputs["attention_mask"][:, 20:] = 0
+        for name in ("token_type_ids", None):
+            inputs.pop(name, None)
+            packed, padded = (
+                self.results(build(LambdaBertModel, config).double(), inputs, monkeypatch, packed=packed)
+                for packed in (True, False)
+            )
+            torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("reason", ["hidden states", "hidden states by config", "chunks", "no padding", "no token"])
+    def test_keeps_rows(self, make_config, make_inputs, reason):
+        config = make_config(
+            output_hidden_states=reason == "hidden states by config",
+            chunk_size_feed_forward=3 if reason == "chunks" else 0,
+        )
+        model = build(LambdaBertModel, config)
+        inputs = make_inputs(LambdaBertModel, config)
+        if reason == "no token":
+            inputs["attention_mask"].zero_()
+        elif reason != "no padding":
+            inputs["attention_mask"][1, 5:] = 0
+        flags = {"output_hidden_states": True} if reason == "hidden states" else {}
+        sizes = []
+        model.encoder.layer[0].register_forward_hook(lambda _, args, output: sizes.append(output.shape[:2]))
+        output = model(**inputs, **flags)
+        assert sizes == [(3, 9)]
+        assert (output.last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
+
+    def test_too_long_with_padding(self, make_config):
+        """Padding that is not computed still counts in the length of a row."""
+        mask = torch.ones(2, 41, dtype=torch.long)
+        mask[:, 30:] = 0
+        with pytest.raises(ValueError, match="max_position_embeddings"):
+            build(LambdaBertModel, make_config())(torch.ones_like(mask), mask)
+
+
 class TestRefusals:
     @pytest.mark.parametrize("scope", SCOPES)
     @pytest.mark.parametrize("by", ["input_ids", "inputs_embeds"])

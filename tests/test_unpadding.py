@@ -1,0 +1,65 @@
+"""Packing: which tokens it keeps, where it puts them, and how it groups rows."""
+
+import pytest
+import torch
+
+from unpadding import GROUP_SPREAD, Packing
+
+MASKS = {
+    "tails": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]],
+    "left": [[0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
+    "holes": [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0], [1, 1, 0, 0, 1]],
+    "empty rows": [[0, 0, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]],
+    "one token": [[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]],
+    "whole": [[1, 1, 1, 1, 1]] * 3,
+}
+
+
+@pytest.fixture(params=MASKS)
+def mask(request):
+    return torch.tensor(MASKS[request.param], dtype=torch.bool)
+
+
+def test_unpack_undoes_pack(mask):
+    padded = torch.randn(3, 5, 2)
+    packing = Packing(mask)
+    packed = packing.pack(padded)
+    assert packed.shape == (1, mask.sum(), 2)
+    torch.testing.assert_close(packing.unpack(packed), padded * mask[..., None], rtol=0, atol=0)
+
+
+def test_pack_takes_what_has_no_channels(mask):
+    tokens = torch.arange(15).view(3, 5)
+    packed = Packing(mask).pack(tokens)
+    assert sorted(packed[0].tolist()) == tokens[mask].tolist()
+
+
+def test_groups_hold_every_token_once_and_keep_offsets(mask):
+    tokens = torch.arange(1, 16).view(3, 5, 1)
+    packing = Packing(mask)
+    packed = packing.pack(tokens)
+    torch.testing.assert_close(torch.cat([group.unpad(group.pad(packed)) for group in packing.groups]), packed[0])
+    rows = [row for group in packing.groups for row in group.pad(packed)[..., 0].tolist()]
+    assert len(rows) == len(packing.rows) == mask.any(dim=1).sum()
+    for row, place in zip(rows, packing.rows.tolist()):
+        expected = (tokens[place, :, 0] * mask[place]).tolist()
+        first = min(index for index, token in enumerate(expected) if token)
+        kept = expected[first : first + len(row)]
+        assert row == kept + [0] * (len(row) - len(kept))
+
+
+def test_rows_of_a_group_are_of_similar_length():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 200, (64,), generator=generator)
+    packing = Packing(torch.arange(200) < lengths[:, None])
+    computed = sum(rows * places for rows, places in (group.shape for group in packing.groups))
+    assert computed <= lengths.sum() / GROUP_SPREAD
+    assert len(packing.groups) < 20
+
+
+def test_unpack_rows(mask):
+    packing = Packing(mask)
+    values = torch.arange(1.0, len(packing.rows) + 1)
+    unpacked = packing.unpack_rows(values)
+    assert (unpacked[~mask.any(dim=1)] == 0).all()
+    torch.testing.assert_close(unpacked[packing.rows], values)
