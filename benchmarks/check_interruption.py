@@ -30,8 +30,10 @@ def start(arguments: list[str], output_dir: Path, log: Path) -> subprocess.Popen
 
 
 def progress(log: Path) -> int:
-    """The last step that the progress bar shows."""
-    steps = re.findall(r"\| (\d+)/\d+ \[", log.read_text(errors="replace"))
+    """The last training step that the progress bar shows; the bars of other work have other totals."""
+    text = log.read_text(errors="replace")
+    announced = re.search(r"([\d,]+) steps of", text)
+    steps = re.findall(rf"\| *(\d+)/{announced[1].replace(',', '')} \[", text) if announced else []
     return int(steps[-1]) if steps else 0
 
 
