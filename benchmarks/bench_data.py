@@ -130,7 +130,7 @@ def environment() -> dict[str, str | int | None]:
     return {
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         **{package: importlib.metadata.version(package) for package in packages},
     }
