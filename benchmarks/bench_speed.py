@@ -392,7 +392,8 @@ def plot(results: list[dict], path: Path):
         if all(point["peak_bytes"] for point in points):
             axes[1].plot(lengths, [point["peak_bytes"] / 2**20 for point in points], style, marker=".", label=row)
     for axis, label in zip(axes, ("tokens per second", "peak memory, MiB")):
-        axis.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel=label)
+        axis.set(xscale="log", xlabel="tokens in a sequence", ylabel=label)
+        axis.set_ylim(bottom=0)
         axis.set_xticks(sorted({result["length"] for result in measured}))
         axis.get_xaxis().set_major_formatter("{x:.0f}")
         axis.minorticks_off()
