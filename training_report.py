@@ -1,6 +1,7 @@
 """What people see of a pretraining run: the summary at its start, and metrics, curves and model card at its end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +9,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, SchedulerType, pipeline
 from transformers.utils import logging as transformers_logging
 
 from modeling_lambdabert import LambdaBertForMaskedLM
@@ -192,15 +193,18 @@ def write_report(output_dir, run, state, metrics):
         return
     plot_curves(state.log_history, folder / "training_curves.png")
     data = run.data_args
-    source = data.dataset_name or data.corpus or ", ".join(data.train_file)
+    # the card may be published: it names files without their folders, and no cache
+    source = data.dataset_name or data.corpus or ", ".join(Path(file).name for file in data.train_file)
+    summaries = {split: str(replace(summary, cache_directory=None)) for split, summary in run.summaries.items()}
     settings = {name: getattr(run.training_args, name) for name in RECIPE_FIELDS}
+    settings["lr_scheduler_type"] = str(SchedulerType(settings["lr_scheduler_type"]).value)
     config = {name: getattr(run.model.config, name) for name in CONFIG_FIELDS}
     text = MODEL_CARD.format(
         name=folder.resolve().name,
         folder=folder.resolve().name,
         objective=OBJECTIVES[data.objective],
         sentence=run.model_args.masked_sentence or "Paris is the [MASK] of France.",
-        data=table({"source": source, **{split: str(summary) for split, summary in run.summaries.items()}}),
+        data=table({"source": source, **summaries}),
         recipe=table({"steps": state.global_step, "max_seq_length": data.max_seq_length, **settings, **config}),
         metrics=table({name: f"{value:.4g}" for name, value in {**report["train"], **metrics}.items()}),
     )

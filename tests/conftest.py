@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, each small
@@ -103,3 +104,15 @@ def make_inputs():
 def make_labels():
     """Builds the labels of a model class, none for `LambdaBertModel`."""
     return random_labels
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder with train.txt, valid.txt, a tokenizer and room for a cache."""
+    training_support = importlib.import_module("training_support")
+    folder = tmp_path_factory.mktemp("text")
+    train = training_support.write_text(folder / "train.txt")
+    training_support.write_text(folder / "valid.txt", documents=4, seed=1)
+    sentences = Path(train).read_text().split("\n")
+    importlib.import_module("pretraining_data").train_wordpiece(sentences, 200).save_pretrained(folder / "tokenizer")
+    return folder

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import pretraining_data
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM
-from pretraining_data import train_wordpiece
-from training_support import RECIPE, finish, start_command, start_distributed, write_recipe, write_text
+from training_support import RECIPE, finish, start_command, start_distributed, write_recipe
 
 SHARDED_CONFIG = {
     "hidden_size": 16,
@@ -23,16 +22,6 @@ SHARDED_CONFIG = {
     "max_position_embeddings": 32,
 }
 WITHOUT_DROPOUT = {**RECIPE["config_overrides"], "hidden_dropout_prob": 0.0}
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A folder with train.txt, valid.txt and a tokenizer."""
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder / "train.txt")
-    write_text(folder / "valid.txt", documents=4, seed=1)
-    train_wordpiece((folder / "train.txt").read_text().split("\n"), 200).save_pretrained(folder / "tokenizer")
-    return folder
 
 
 def run(text, output_dir, processes=1, **values):

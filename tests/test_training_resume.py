@@ -14,19 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import run_language_modeling
-from pretraining_data import train_wordpiece
 from pretraining_trainer import is_whole, last_whole_checkpoint
 from training_support import finish, start_command, write_recipe, write_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A folder with train.txt, valid.txt, a tokenizer and a cache."""
-    folder = tmp_path_factory.mktemp("text")
-    write_text(folder / "train.txt")
-    write_text(folder / "valid.txt", documents=4, seed=1)
-    train_wordpiece((folder / "train.txt").read_text().split("\n"), 200).save_pretrained(folder / "tokenizer")
-    return folder
 
 
 def recipe_for(text, output_dir, **values):
