@@ -123,7 +123,7 @@ class LambdaBertQuestionAnsweringOutput(ModelOutput):
 
 
 class LambdaBertEmbeddings(BertEmbeddings):
-    """BERT's embeddings, which refuse what exceeds their position table before looking anything up."""
+    """BERT's embeddings, which tell what exceeds their position table before anything is looked up."""
 
     def check_positions(self, length: int, position_ids: torch.Tensor | None):
         """Refuses N = `length` tokens, or `position_ids` [B, N], that the position table does not hold."""
@@ -141,15 +141,6 @@ class LambdaBertEmbeddings(BertEmbeddings):
                     f"position_ids go up to {highest}, but max_position_embeddings={limit} bounds them to "
                     f"{limit - 1}: lower them or use a model with a larger max_position_embeddings."
                 )
-
-    def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None):
-        self.check_positions((input_ids if input_ids is not None else inputs_embeds).shape[1], position_ids)
-        return super().forward(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-        )
 
 
 class LambdaBertAttention(BertAttention):
@@ -297,7 +288,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
         pooler_output = None
         if self.pooler is not None:
-            pooler_output = self.pooler(_first_token(hidden_states, attention_mask))
+            pooler_output = self.pooler(_first_token(hidden_states, token_mask))
         return LambdaBertModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
 
     def _may_pack(self, token_mask: torch.Tensor, **kwargs) -> bool:
@@ -307,11 +298,11 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward
 
 
-def _first_token(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def _first_token(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """The first real token of each row, [B, 1, D]; padding may stand before it."""
-    if attention_mask is None:
+    if token_mask is None:
         return hidden_states[:, :1]
-    first = attention_mask.bool().to(torch.uint8).argmax(dim=1).to(hidden_states.device)
+    first = token_mask.to(torch.uint8).argmax(dim=1).to(hidden_states.device)
     return hidden_states.take_along_dim(first[:, None, None], dim=1)
 
 

@@ -10,11 +10,8 @@ they prepare; pages that they share count once for each in `rss`, and once in al
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,8 +23,9 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpora import document_texts, load_corpus  # noqa: E402
-from pretraining_data import OBJECTIVES, DataArguments, prepare_examples  # noqa: E402
+from corpora import document_texts, load_corpus
+from environment import environment
+from pretraining_data import OBJECTIVES, DataArguments, prepare_examples
 
 SAMPLING_INTERVAL = 0.2  # seconds
 TOKENIZING_BATCH = 64  # documents
@@ -121,21 +119,6 @@ def measure(arguments: DataArguments, tokenizer, seed: int) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, str | int | None]:
-    """Returns what the numbers depend on besides the arguments."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    packages = ("transformers", "datasets", "tokenizers", "pyarrow", "sentencex")
-    return {
-        "commit": commit.stdout.strip() or None,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILE")
@@ -167,7 +150,11 @@ def main():
         print(name.ljust(24) + "".join(f"{run[name]:>14,.2f}" for run in runs))
     if options.output:
         settings = {name: value for name, value in vars(options).items() if name not in ("output", "repetitions")}
-        record = {"environment": environment(), "settings": settings, "runs": runs}
+        record = {
+            "environment": environment("datasets", "tokenizers", "pyarrow", "sentencex"),
+            "settings": settings,
+            "runs": runs,
+        }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -23,6 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from corpora import load_corpus
+from environment import environment
 from modeling_lambdabert import LambdaBertForMaskedLM
 from pretraining_data import DataArguments, masking_collator, prepare_examples
 from run_language_modeling import load_tokenizer
@@ -99,7 +100,7 @@ def main():
         loss, accuracy, error, speed, size = result.values()
         print(f"| {name} | {loss:.4f} | {accuracy:.4f} | {error:.4f} | {speed:,.0f} | {size:.1f} |")
     if options.output:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        options.output.write_text(json.dumps({"environment": environment(), "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

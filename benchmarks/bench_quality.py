@@ -17,17 +17,12 @@ validation and test text stay the same. Each finished run is kept in the output 
 import argparse
 import hashlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
-import torch
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, set_seed
 
 matplotlib.use("Agg")
@@ -36,6 +31,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from corpora import load_corpus
+from environment import environment
 from pretraining_data import prepare_examples
 from run_language_modeling import Pretraining, parse_arguments, set_up_logging
 
@@ -108,21 +104,7 @@ def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) 
         "lambda": {field: getattr(pretraining.model.config, field, None) for field in LAMBDA_FIELDS},
         "curve": curve,
         "test": test,
-        "environment": environment(),
-    }
-
-
-def environment() -> dict:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    return {
-        "commit": commit or None,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
+        "environment": environment("datasets"),
     }
 
 

@@ -26,11 +26,9 @@ The tests of the paths that are timed run first, and nothing is timed unless the
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -55,9 +53,10 @@ from transformers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configuration_lambdabert import LambdaBertConfig  # noqa: E402
-from lambda_layer import LambdaLayer  # noqa: E402
-from modeling_lambdabert import LambdaBertForPreTrainingNSP, LambdaBertModel  # noqa: E402
+from configuration_lambdabert import LambdaBertConfig
+from environment import environment
+from lambda_layer import LambdaLayer
+from modeling_lambdabert import LambdaBertForPreTrainingNSP, LambdaBertModel
 
 PARTS = ("forward", "train", "mixed")
 LENGTHS = {"forward": [128, 512, 2048, 4096, 8192, 16384], "train": [128, 512], "mixed": [512]}
@@ -403,35 +402,6 @@ def plot(results: list[dict], path: Path):
     pyplot.close(figure)
 
 
-def environment(arguments: argparse.Namespace) -> dict:
-    def git(*command):
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "einops")}
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else _processor()
-    return {
-        "commit": git("rev-parse", "HEAD") or None,
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()} | packages,
-        "device": device,
-        "threads": arguments.threads,
-        "dtype": arguments.dtype,
-        "layers": arguments.layers,
-        "repeats": arguments.repeats,
-        "mixed_lengths": f"Beta(1, 3) x longest, {MIXED_ROWS} rows, mean longest / 4",
-        "command": " ".join(sys.argv),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def run_tests():
     command = [sys.executable, "-m", "pytest", "--numprocesses=0", "--durations=0", "-k", TESTED_PATHS, *TESTS]
     print("Testing the timed paths ...", file=sys.stderr)
@@ -468,7 +438,9 @@ def main():
     run_tests()
     torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment(arguments), "results": []}
+    settings = {name: getattr(arguments, name) for name in ("dtype", "layers", "tokens", "repeats")}
+    settings["mixed_lengths"] = f"Beta(1, 3) x longest, {MIXED_ROWS} rows, mean longest / 4"
+    report = {"environment": environment("einops"), "settings": settings, "results": []}
     for part in arguments.parts:
         for length in arguments.lengths or LENGTHS[part]:
             rows = [row for row in arguments.rows or DEFAULT_ROWS[part] if runs(row, part)]
@@ -481,7 +453,7 @@ def main():
             add_ratios(report["results"])
             (arguments.output / "speed.json").write_text(json.dumps(report, indent=1) + "\n")
             (arguments.output / "speed.md").write_text(table(report["results"]))
-            plot(report["results"], arguments.output / "speed.svg")
+            plot(report["results"], arguments.output / "speed.png")
     print(table(report["results"]), end="")
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from environment import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 POLLING_INTERVAL = 0.05  # seconds
 
@@ -88,7 +90,9 @@ def main():
     for name, value in result.items():
         print(f"{name:40} {value}")
     if options.output:
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps({"environment": environment("datasets"), "result": result}, indent=2) + "\n"
+        )
     return 1 if different else 0
 
 

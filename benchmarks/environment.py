@@ -1,0 +1,38 @@
+"""What a measurement depends on besides its arguments: recorded beside every number."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(*packages: str) -> dict:
+    """Commit, versions of Python, torch, transformers and `packages`, processor or GPU, threads and date."""
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return {
+        "commit": git("rev-parse", "HEAD") or None,
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers", *packages)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
