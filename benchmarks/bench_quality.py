@@ -7,22 +7,27 @@ order of the data, optimizer, batch), and `models` to one entry each:
 
     "LambdaBERT": {"architecture": "lambdabert", "config": {...}, "learning_rates": [5e-4, 1e-3], "max_steps": 400}
 
-`architecture` is "lambdabert", or "bert" for the `BertForMaskedLM` or `BertForPreTraining` of `transformers`; `seeds`
-lists the seeds. Each learning rate is tried with the first seed, and the one with the lowest final validation MLM loss
-is run with the others. A seed decides the initial weights, the order of the data and the training masks; the masks of
-validation and test text stay the same. Each finished run is kept in the output folder and not run again. The test text
-(`test_file`) is evaluated once, at the end of a run, and shown for the runs of the best rate only.
+`architecture` is "lambdabert", or "bert" for the `BertForMaskedLM` or `BertForPreTraining` of `transformers`; `variant`
+names a change of `lambda_variants.py`; `options` are further options of the command for this model. `seeds` lists the
+seeds; an entry may have its own. Each learning rate is tried with the first seed, and the one with the lowest final
+validation MLM loss is run with the others. A seed decides the initial weights, the order of the data and the training
+masks; the masks of validation and test text stay the same. Times are medians of training steps taken in turns at the
+end. Each finished run is kept in the output folder and not run again. The test text (`test_file`) is evaluated once, at
+the end of a run, and shown for the runs of the best rate only.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
+import torch
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, set_seed
 
 matplotlib.use("Agg")
@@ -32,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from corpora import load_corpus
 from environment import environment
+from lambda_variants import apply_variant, running_variant
 from pretraining_data import prepare_examples
 from run_language_modeling import Pretraining, parse_arguments, set_up_logging
 
@@ -42,9 +48,22 @@ DATA_SEED = 42  # of pairs and of evaluation masks
 class NextSentenceBert(BertForPreTraining):
     """`BertForPreTraining` under the label name of either sentence task."""
 
-    def forward(self, *args, sentence_order_label=None, next_sentence_label=None, **kwargs):
-        label = sentence_order_label if next_sentence_label is None else next_sentence_label
-        return super().forward(*args, next_sentence_label=label, **kwargs)
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        next_sentence_label=None,
+        sentence_order_label=None,
+    ):
+        return super().forward(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            labels=labels,
+            next_sentence_label=sentence_order_label if next_sentence_label is None else next_sentence_label,
+        )
 
 
 def bert(config, objective: str):
@@ -56,8 +75,8 @@ def bert(config, objective: str):
     return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(BertConfig(**fields))
 
 
-def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) -> dict:
-    """Trains one model; returns its settings and curve."""
+def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) -> Pretraining:
+    """Text, tokenizer and a new model, as the pretraining command makes them."""
     model = recipe["models"][name]
     options = {
         **recipe["pretraining"],
@@ -82,20 +101,29 @@ def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) 
         pretraining.model = bert(pretraining.model.config, data_args.objective)
     else:
         pretraining.model = type(pretraining.model)(pretraining.model.config)
-    trainer = pretraining.trainer()
-    trainer.data_collator.seed = seed
-    trainer.train()
+    apply_variant(pretraining.model, model.get("variant"))
+    return pretraining
+
+
+def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) -> dict:
+    """Trains one model and evaluates it on the test text; returns the run's settings and curve."""
+    pretraining = prepare(recipe, name, learning_rate, seed, folder)
+    data_args = pretraining.data_args
+    with running_variant(recipe["models"][name].get("variant")):
+        trainer = pretraining.trainer()
+        trainer.data_collator.seed = seed
+        trainer.train()
+        test = {}
+        if recipe.get("test_file"):
+            rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
+            examples, _ = prepare_examples(rows, pretraining.tokenizer, data_args, seed=DATA_SEED, training=False)
+            test = trainer.evaluate(examples, metric_key_prefix="test")
     curve = [
         {name: record[name] for name in ("step", "num_input_tokens_seen", "seconds")}
         | {key: value for key, value in record.items() if key.startswith("eval_")}
         for record in trainer.state.log_history
         if "eval_mlm_loss" in record
     ]
-    test = {}
-    if recipe.get("test_file"):
-        rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
-        examples, _ = prepare_examples(rows, pretraining.tokenizer, data_args, seed=DATA_SEED, training=False)
-        test = trainer.evaluate(examples, metric_key_prefix="test")
     return {
         "model": name,
         "learning_rate": learning_rate,
@@ -108,12 +136,36 @@ def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) 
     }
 
 
+def step_seconds(recipe: dict, names: list[str], output: Path, repeats: int = 15) -> dict[str, float]:
+    """Median seconds of a training step of each model, the models taking turns step by step."""
+    durations = {name: [] for name in names}
+    trainers = {}
+    for name in names:
+        trainers[name] = trainer = prepare(recipe, name, 1e-4, 0, output / "work" / "timing").trainer()
+        trainer.create_optimizer()
+        trainer.model = trainer.accelerator.prepare(trainer.model)
+        trainer.current_gradient_accumulation_steps = 1
+    batches = itertools.cycle(trainers[names[0]].get_train_dataloader())
+    for batch in itertools.islice(batches, repeats):
+        for name, trainer in trainers.items():
+            with running_variant(recipe["models"][name].get("variant")):
+                start = time.perf_counter()
+                trainer.training_step(trainer.model, batch)
+                trainer.optimizer.step()
+                trainer.model.zero_grad()
+                if trainer.args.device.type == "cuda":
+                    torch.cuda.synchronize()
+                durations[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[2:]) for name, times in durations.items()}  # the first ones warm up
+
+
 def final(result: dict) -> float:
     return result["curve"][-1]["eval_mlm_loss"]
 
 
 def cached_run(recipe: dict, name: str, learning_rate: float, seed: int, output: Path) -> dict:
-    key = json.dumps([recipe["pretraining"], recipe["models"][name], recipe.get("test_file"), learning_rate, seed])
+    model = {key: value for key, value in recipe["models"][name].items() if key not in ("learning_rates", "seeds")}
+    key = json.dumps([recipe["pretraining"], model, recipe.get("test_file"), learning_rate, seed])
     file = output / "runs" / f"{name.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     if not file.exists():
         print(f"{name}, learning rate {learning_rate:g}, seed {seed}", flush=True)
@@ -127,11 +179,11 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def table(best: dict[str, list[dict]]) -> str:
+def table(best: dict[str, list[dict]], seconds: dict[str, float]) -> str:
     """A row for each model: mean and standard deviation over seeds."""
     lines = [
-        "| model | parameters | learning rate | seeds | steps | tokens | minutes | valid MLM loss | valid accuracy "
-        "| test MLM loss |",
+        "| model | parameters | learning rate | seeds | steps | tokens | seconds a step | valid MLM loss "
+        "| valid accuracy | test MLM loss |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, results in best.items():
@@ -140,26 +192,28 @@ def table(best: dict[str, list[dict]]) -> str:
         lines.append(
             f"| {name} | {results[0]['parameters'] / 1e6:.2f} M | {results[0]['learning_rate']:g} | {len(results)} "
             f"| {last[0]['step']:,} | {last[0]['num_input_tokens_seen'] / 1e6:.2f} M "
-            f"| {statistics.mean(record['seconds'] for record in last) / 60:.1f} "
+            f"| {seconds[name]:.2f} "
             f"| {spread([record['eval_mlm_loss'] for record in last])} "
             f"| {spread([record['eval_mlm_accuracy'] for record in last])} | {test} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def plot(best: dict[str, list[dict]], file: Path):
+def plot(best: dict[str, list[dict]], seconds: dict[str, float], file: Path):
     """Validation MLM loss over steps, tokens and time; the line is the mean over seeds, the band their range."""
-    axes_of = {"step": ("steps", 1), "num_input_tokens_seen": ("million tokens", 1e6), "seconds": ("minutes", 60)}
-    figure, panels = plt.subplots(1, len(axes_of), figsize=(14, 4.2), sharey=True, layout="constrained")
-    for panel, (field, (label, unit)) in zip(panels, axes_of.items(), strict=True):
-        for name, results in best.items():
-            points = list(zip(*(result["curve"] for result in results), strict=True))
-            places = [statistics.mean(record[field] for record in point) / unit for point in points]
-            losses = [[record["eval_mlm_loss"] for record in point] for point in points]
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, layout="constrained")
+    for name, results in best.items():
+        points = list(zip(*(result["curve"] for result in results), strict=True))
+        losses = [[record["eval_mlm_loss"] for record in point] for point in points]
+        steps = [point[0]["step"] for point in points]
+        tokens = [statistics.mean(record["num_input_tokens_seen"] for record in point) / 1e6 for point in points]
+        minutes = [step * seconds[name] / 60 for step in steps]
+        for panel, places in zip(panels, (steps, tokens, minutes), strict=True):
             (line,) = panel.plot(places, [statistics.mean(values) for values in losses], label=name, marker=".")
             panel.fill_between(
                 places, list(map(min, losses)), list(map(max, losses)), alpha=0.2, color=line.get_color()
             )
+    for panel, label in zip(panels, ("steps", "million tokens", "minutes of training steps"), strict=True):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation MLM loss (nats per masked token)")
@@ -175,24 +229,32 @@ def main():
     parser.add_argument("--models", nargs="+", help="only these models of the recipe")
     options = parser.parse_args()
     recipe = json.loads(options.recipe.read_text())
-    first_seed, *other_seeds = recipe["seeds"]
 
-    best = {}
+    best, rates = {}, {}
     for name in options.models or recipe["models"]:
+        first_seed, *other_seeds = recipe["models"][name].get("seeds", recipe["seeds"])
         sweep = [
             cached_run(recipe, name, rate, first_seed, options.output)
             for rate in recipe["models"][name]["learning_rates"]
         ]
         winner = min(sweep, key=final)
-        for result in sweep:
-            print(f"{name}, learning rate {result['learning_rate']:g}: {final(result):.3f}", flush=True)
+        rates[name] = {f"{result['learning_rate']:g}": final(result) for result in sweep}
         best[name] = [winner] + [
             cached_run(recipe, name, winner["learning_rate"], seed, options.output) for seed in other_seeds
         ]
-    text = table(best)
+    seconds = step_seconds(recipe, list(best), options.output)
+    summary = {
+        "environment": environment("datasets"),
+        "recipe": recipe,
+        "seconds a step": seconds,
+        "valid MLM loss by learning rate, first seed": rates,
+        "runs": best,
+    }
+    (options.output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+    text = table(best, seconds)
     print(text)
     (options.output / "table.md").write_text(text)
-    plot(best, options.output / "curves.png")
+    plot(best, seconds, options.output / "curves.png")
 
 
 if __name__ == "__main__":

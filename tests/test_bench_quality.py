@@ -1,0 +1,147 @@
+"""The quality benchmark: its recipes are complete, and its variants are what they are called."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import set_seed
+
+from configuration_lambdabert import LambdaBertConfig
+from modeling_lambdabert import LambdaBertForMaskedLM
+from run_language_modeling import parse_arguments
+from training_support import write_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import bench_quality
+from lambda_variants import VARIANTS, apply_variant, running_variant
+
+RECIPES = sorted((ROOT / "benchmarks" / "quality").glob("*.json"))
+
+
+@pytest.fixture
+def variant_model(make_config):
+    """Builds a model with the variant applied; always with the same weights before."""
+
+    def build(name, **fields):
+        set_seed(0)
+        model = LambdaBertForMaskedLM(make_config(**fields)).eval()
+        apply_variant(model, name)
+        return model
+
+    return build
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_are_complete(file, tmp_path):
+    recipe = json.loads(file.read_text())
+    options = tmp_path / "options.json"
+    for name, model in recipe["models"].items():
+        overrides = recipe["pretraining"].get("config_overrides", {}) | model.get("config", {})
+        values = recipe["pretraining"] | {"config_overrides": overrides, "output_dir": str(tmp_path), "bf16": False}
+        options.write_text(json.dumps(values))
+        _, data_args, _ = parse_arguments([str(options)])
+        config = LambdaBertConfig(**overrides)
+        assert data_args.max_seq_length <= config.max_position_embeddings
+        assert model["architecture"] in ("bert", "lambdabert"), name
+        assert model.get("variant") in {None, *VARIANTS}, name
+        assert model["learning_rates"] and model["max_steps"] > 0
+
+
+def test_unknown_variant_is_refused(variant_model):
+    with pytest.raises(ValueError, match="variant='sideways' is unknown"):
+        variant_model("sideways")
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variants_change_the_model_and_what_they_keep_is_trained(name, variant_model):
+    ids = torch.arange(5, 25)[None]
+    plain, changed = logits(variant_model(None), ids), variant_model(name)
+    with running_variant(name):
+        assert not torch.allclose(plain, logits(changed, ids))
+        changed(ids, labels=ids).loss.backward()
+    unused = {key for key, p in changed.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert all(key.endswith("to_keys.weight") for key in unused) and bool(unused) == (name == "position only")
+
+
+def test_content_only_does_not_see_places(variant_model):
+    """Without position lambdas and absolute positions, permuting the tokens permutes the outputs."""
+    model = variant_model("content only")
+    apply_variant(model, "no position embeddings")
+    ids, order = torch.arange(5, 25)[None], torch.randperm(20)
+    torch.testing.assert_close(logits(model, ids[:, order]), logits(model, ids)[:, order])
+    assert not torch.allclose(logits(variant_model("content only"), ids[:, order]), logits(model, ids)[:, order])
+
+
+def test_position_only_sees_its_scope_alone(variant_model):
+    """Two layers of scope 5 reach four places; a content lambda reaches everything."""
+    model, ids = variant_model("position only"), torch.arange(5, 25)[None]
+    other = ids.clone()
+    other[0, -1] = 40
+    with running_variant("position only"):
+        torch.testing.assert_close(logits(model, ids)[:, :-5], logits(model, other)[:, :-5])
+        assert not torch.allclose(logits(model, ids)[:, -5], logits(model, other)[:, -5], rtol=0, atol=0)
+        assert all(not params.any() for params in model(ids, output_lambda_params=True).lambda_params)
+    assert not torch.allclose(logits(model, ids)[:, :-5], logits(model, other)[:, :-5], rtol=0, atol=0)
+
+
+def test_flat_embeddings_have_one_scale(variant_model):
+    table = variant_model("flat E", local_context_size=39, key_depth=64).bert.encoder.layer[0].attention.self
+    scales = table.relative_embeddings.std((1, 2))
+    assert scales.max() / scales.min() < 1.6
+    assert table.relative_embeddings.square().sum().item() == pytest.approx(1, rel=0.1)
+
+
+def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_path, monkeypatch, capsys):
+    options = json.loads(
+        Path(
+            write_recipe(
+                tmp_path / "options.json",
+                train_file=[str(text / "train.txt")],
+                validation_file=[str(text / "valid.txt")],
+                tokenizer_name=str(text / "tokenizer"),
+                data_cache_dir=str(tmp_path / "cache"),
+                save_steps=None,
+                max_steps=None,
+                do_train=None,
+                do_eval=None,
+                learning_rate=None,
+            )
+        ).read_text()
+    )
+    recipe = {
+        "pretraining": options,
+        "test_file": str(text / "valid.txt"),
+        "seeds": [1, 2],
+        "models": {
+            "BERT": {"architecture": "bert", "learning_rates": [1e-3, 3e-3], "max_steps": 12},
+            "LambdaBERT": {"architecture": "lambdabert", "learning_rates": [1e-3], "max_steps": 12},
+        },
+    }
+    file, output = tmp_path / "recipe.json", tmp_path / "output"
+    file.write_text(json.dumps(recipe))
+    monkeypatch.setattr(sys, "argv", ["bench_quality.py", str(file), "--output", str(output)])
+    bench_quality.main()
+    results = json.loads((output / "results.json").read_text())
+    assert len(list((output / "runs").iterdir())) == 5
+    bert, lambdabert = results["runs"]["BERT"], results["runs"]["LambdaBERT"]
+    rates = results["valid MLM loss by learning rate, first seed"]["BERT"]
+    assert str(bert[0]["learning_rate"]) == f"{float(min(rates, key=rates.get)):g}"
+    for one, other in zip(bert, lambdabert, strict=True):
+        for field in ("step", "num_input_tokens_seen", "eval_masked_tokens"):
+            assert [point[field] for point in one["curve"]] == [point[field] for point in other["curve"]]
+    # the same text under the same masks: the last validation and the test are one evaluation
+    assert bert[0]["test"]["test_mlm_loss"] == bert[0]["curve"][-1]["eval_mlm_loss"]
+    assert (output / "curves.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(bench_quality, "run", lambda *args: pytest.fail("a finished run was run again"))
+    bench_quality.main()
+    assert "| LambdaBERT |" in capsys.readouterr().out
