@@ -114,7 +114,7 @@ def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) 
         trainer.data_collator.seed = seed
         trainer.train()
         test = {}
-        if recipe.get("test_file"):
+        if "test_file" in recipe:
             rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
             examples, _ = prepare_examples(rows, pretraining.tokenizer, data_args, seed=DATA_SEED, training=False)
             test = trainer.evaluate(examples, metric_key_prefix="test")
@@ -150,7 +150,8 @@ def step_seconds(recipe: dict, names: list[str], output: Path, repeats: int = 15
         for name, trainer in trainers.items():
             with running_variant(recipe["models"][name].get("variant")):
                 start = time.perf_counter()
-                trainer.training_step(trainer.model, batch)
+                # the count of masked tokens, as in the Trainer's own loop
+                trainer.training_step(trainer.model, batch, (batch["labels"] != -100).sum())
                 trainer.optimizer.step()
                 trainer.model.zero_grad()
                 if trainer.args.device.type == "cuda":
@@ -165,21 +166,22 @@ def final(result: dict) -> float:
 
 def cached_run(recipe: dict, name: str, learning_rate: float, seed: int, output: Path) -> dict:
     model = {key: value for key, value in recipe["models"][name].items() if key not in ("learning_rates", "seeds")}
-    key = json.dumps([recipe["pretraining"], model, recipe.get("test_file"), learning_rate, seed])
-    file = output / "runs" / f"{name.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    if not file.exists():
+    key = json.dumps([recipe["pretraining"], model, learning_rate, seed])
+    file = output / "runs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    result = json.loads(file.read_text()) if file.exists() else None
+    if result is None or ("test_file" in recipe and not result["test"]):
         print(f"{name}, learning rate {learning_rate:g}, seed {seed}", flush=True)
         result = run(recipe, name, learning_rate, seed, output / "work" / file.stem)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n")
-    return json.loads(file.read_text())
+    return result
 
 
 def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def table(best: dict[str, list[dict]], seconds: dict[str, float]) -> str:
+def table(best: dict[str, list[dict]], seconds: dict[str, float], tested: bool) -> str:
     """A row for each model: mean and standard deviation over seeds."""
     lines = [
         "| model | parameters | learning rate | seeds | steps | tokens | seconds a step | valid MLM loss "
@@ -188,7 +190,7 @@ def table(best: dict[str, list[dict]], seconds: dict[str, float]) -> str:
     ]
     for name, results in best.items():
         last = [result["curve"][-1] for result in results]
-        test = spread([result["test"]["test_mlm_loss"] for result in results]) if results[0]["test"] else ""
+        test = spread([result["test"]["test_mlm_loss"] for result in results]) if tested else ""
         lines.append(
             f"| {name} | {results[0]['parameters'] / 1e6:.2f} M | {results[0]['learning_rate']:g} | {len(results)} "
             f"| {last[0]['step']:,} | {last[0]['num_input_tokens_seen'] / 1e6:.2f} M "
@@ -199,7 +201,7 @@ def table(best: dict[str, list[dict]], seconds: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(best: dict[str, list[dict]], seconds: dict[str, float], file: Path):
+def plot_curves(best: dict[str, list[dict]], seconds: dict[str, float], file: Path):
     """Validation MLM loss over steps, tokens and time; the line is the mean over seeds, the band their range."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, layout="constrained")
     for name, results in best.items():
@@ -218,6 +220,20 @@ def plot(best: dict[str, list[dict]], seconds: dict[str, float], file: Path):
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation MLM loss (nats per masked token)")
     panels[0].legend()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def plot_final(best: dict[str, list[dict]], file: Path):
+    """Final validation MLM loss, a dot for each seed, against the mean of the first model."""
+    figure, panel = plt.subplots(figsize=(8, 1 + 0.3 * len(best)), layout="constrained")
+    for row, results in enumerate(best.values()):
+        panel.plot([final(result) for result in results], [row] * len(results), "o", color="C0", alpha=0.7)
+    panel.axvline(statistics.mean(map(final, next(iter(best.values())))), color="grey", linewidth=1)
+    panel.set_yticks(range(len(best)), list(best))
+    panel.invert_yaxis()
+    panel.set_xlabel("final validation MLM loss (nats per masked token)")
+    panel.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -251,10 +267,11 @@ def main():
         "runs": best,
     }
     (options.output / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
-    text = table(best, seconds)
+    text = table(best, seconds, "test_file" in recipe)
     print(text)
     (options.output / "table.md").write_text(text)
-    plot(best, seconds, options.output / "curves.png")
+    plot_curves(best, seconds, options.output / "curves.png")
+    plot_final(best, options.output / "final.png")
 
 
 if __name__ == "__main__":
