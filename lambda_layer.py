@@ -30,9 +30,10 @@ OFF_STRIDE = 16  # numbers between rows to be transposed: strides of 2^i compete
 FFT_TILE = 2**20  # numbers in the lambdas of one FFT; more of them leave the cache
 
 
-def _as_a_whole(values: torch.Tensor) -> bool:
-    """Whether all lambdas are formed at once; inference on a CPU forms tile by tile what stays in its cache."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or values.device.type != "cpu"
+def as_a_whole(values: torch.Tensor) -> bool:
+    """Whether a sequence is computed at once; inference on a CPU computes tile by tile what then stays in its cache."""
+    is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() or is_one_graph or values.device.type != "cpu"
 
 
 def content_lambda(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -132,7 +133,7 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
     # a multiple of 128 has small prime factors; export cannot reason about the remainder
     period = 2 * length if torch.compiler.is_exporting() else 2 * (length + -length % 64)
-    depths = value_depth if _as_a_whole(values) else max(1, FFT_TILE // (batch * length * key_depth))
+    depths = value_depth if as_a_whole(values) else max(1, FFT_TILE // (batch * length * key_depth))
     lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
     with torch.autocast(values.device.type, enabled=False):
         kernel = torch.fft.rfft(reversed_offsets.to(at_least_float32), n=period, dim=0)
@@ -352,7 +353,7 @@ class LambdaLayer(nn.Module):
         )
         context = rearrange(context.contiguous(), "b m u v -> b m v u")
         content = content_lambda(keys, context[:, self.reach : self.reach + length])
-        if _as_a_whole(values):
+        if as_a_whole(values):
             outputs = apply_lambdas(queries, content, self.position_lambda(context))
         else:
             outputs = self._tiled_outputs(queries, content, context)

@@ -54,14 +54,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
     from .configuration_lambdabert import LambdaBertConfig
-    from .lambda_layer import LambdaLayer, as_token_mask
+    from .lambda_layer import LambdaLayer, as_a_whole, as_token_mask
     from .unpadding import Packing
 except ImportError:
     if __package__:
         raise
     from configuration_lambdabert import LambdaBertConfig
-    from lambda_layer import LambdaLayer, as_token_mask
+    from lambda_layer import LambdaLayer, as_a_whole, as_token_mask
     from unpadding import Packing
+
+FEED_FORWARD_TILE = 512  # tokens whose intermediate states stay in a processor's cache
 
 
 @dataclass
@@ -169,9 +171,17 @@ class LambdaBertLayer(BertLayer):
 
     def forward(self, hidden_states, attention_mask=None, packing=None):
         hidden_states = self.attention(hidden_states, attention_mask, packing)
-        return apply_chunking_to_forward(
-            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
-        )
+        if self.chunk_size_feed_forward or as_a_whole(hidden_states) or self._has_hooks():
+            return apply_chunking_to_forward(
+                self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
+            )
+        tiles = hidden_states.flatten(0, 1).split(FEED_FORWARD_TILE)
+        return torch.cat([self.feed_forward_chunk(tile) for tile in tiles]).view_as(hidden_states)
+
+    def _has_hooks(self) -> bool:
+        """Whether somebody looks into the feed-forward layers, and then wants to see whole sequences."""
+        modules = (*self.intermediate.modules(), *self.output.modules())
+        return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class LambdaBertEncoder(BertEncoder):

@@ -685,6 +685,47 @@ class TestPacking:
             build(LambdaBertModel, make_config())(torch.ones_like(mask), mask)
 
 
+class TestFeedForwardTiles:
+    """Inference on a CPU feeds some tokens forward at a time, whatever rows they stand in."""
+
+    @pytest.mark.parametrize("tile", [1, 5, 46, 1000])
+    @pytest.mark.parametrize("padded", [False, True])
+    def test_inference_equals_training(self, make_config, make_inputs, monkeypatch, tile, padded):
+        config = make_config()
+        model = build(LambdaBertModel, config).double()
+        inputs = make_inputs(LambdaBertModel, config, batch=2, length=23)
+        if padded:
+            inputs["attention_mask"][1, 9:] = 0
+        expected = model(**inputs)
+        monkeypatch.setattr(modeling, "FEED_FORWARD_TILE", tile)
+        sizes = []
+        feed_forward = modeling.LambdaBertLayer.feed_forward_chunk
+
+        def measured(layer, hidden_states):
+            sizes.append(len(hidden_states))
+            return feed_forward(layer, hidden_states)
+
+        monkeypatch.setattr(modeling.LambdaBertLayer, "feed_forward_chunk", measured)
+        with torch.inference_mode():
+            actual = model(**inputs)
+        tokens = int(inputs["attention_mask"].sum())
+        assert max(sizes) == min(tile, tokens) and sum(sizes) == config.num_hidden_layers * tokens
+        torch.testing.assert_close(actual.to_tuple(), expected.to_tuple(), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+    @pytest.mark.parametrize("part", ["intermediate", "intermediate.dense", "output.dense", "output"])
+    def test_hooks_see_whole_sequences(self, make_config, make_inputs, monkeypatch, part, register):
+        monkeypatch.setattr(modeling, "FEED_FORWARD_TILE", 5)
+        config = make_config()
+        model = build(LambdaBertModel, config)
+        sizes = []
+        module = model.encoder.layer[1].get_submodule(part)
+        getattr(module, register)(lambda module, args, *output: sizes.append(args[0].shape[:2]))
+        with torch.inference_mode():
+            model(**make_inputs(LambdaBertModel, config, batch=2, length=23))
+        assert sizes == [(2, 23)]
+
+
 class TestRefusals:
     @pytest.mark.parametrize("scope", SCOPES)
     @pytest.mark.parametrize("by", ["input_ids", "inputs_embeds"])
