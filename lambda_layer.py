@@ -27,7 +27,8 @@ LOCAL_BLOCK = 8  # query positions per dense product; fastest of 2 to 32 on CPU 
 DIRECT_LENGTH = 64  # tokens up to which the direct global product is faster than the FFT on CPU
 TILE = 128  # query positions whose lambdas fill a processor core's cache
 OFF_STRIDE = 16  # numbers between rows to be transposed: strides of 2^i compete for few places in a cache
-FFT_TILE = 2**20  # numbers in the lambdas of one FFT; more of them leave the cache
+FFT_TILE = 2**18  # numbers in the lambdas of one FFT; more of them leave the cache
+FFT_DEPTHS = 8  # value depths in one FFT at least: fewer fill no line of a cache where the lambdas are written
 
 
 def as_a_whole(values: torch.Tensor) -> bool:
@@ -133,7 +134,7 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
     # a multiple of 128 has small prime factors; export cannot reason about the remainder
     period = 2 * length if torch.compiler.is_exporting() else 2 * (length + -length % 64)
-    depths = value_depth if as_a_whole(values) else max(1, FFT_TILE // (batch * length * key_depth))
+    depths = value_depth if as_a_whole(values) else max(FFT_DEPTHS, FFT_TILE // (batch * length * key_depth))
     lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
     with torch.autocast(values.device.type, enabled=False):
         kernel = torch.fft.rfft(reversed_offsets.to(at_least_float32), n=period, dim=0)

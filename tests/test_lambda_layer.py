@@ -176,6 +176,7 @@ class TestTiles:
     def test_definition(self, make_config, monkeypatch, scope, fft_tile, tile, kind):
         monkeypatch.setattr(lambda_layer, "TILE", tile)
         monkeypatch.setattr(lambda_layer, "FFT_TILE", fft_tile)
+        monkeypatch.setattr(lambda_layer, "FFT_DEPTHS", 1)
         monkeypatch.setattr(lambda_layer, "DIRECT_LENGTH", 0)
         config = layer_config(make_config, local_context_size=scope)
         layer = random_layer(config)
