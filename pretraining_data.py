@@ -314,6 +314,18 @@ def prepare_examples(
     return examples, summary
 
 
+def count_tokens(
+    examples: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, limit: int = 200_000
+) -> np.ndarray:
+    """Occurrences of each token in (at most `limit`) examples, special tokens left out: [vocab_size]."""
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    for batch in examples.take(limit).select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        ids = batch["input_ids"].combine_chunks().flatten().to_numpy()
+        counts += np.bincount(ids, minlength=len(counts))
+    counts[tokenizer.all_special_ids] = 0
+    return counts
+
+
 def split_sentences(text: str, language: str = "en") -> list[str]:
     """Splits a document into sentences. A line break ends a sentence."""
     return [

@@ -35,6 +35,7 @@ from pretraining_data import (
     LABEL_NAMES,
     DataArguments,
     check_tokenizer,
+    count_tokens,
     masking_collator,
     prepare_examples,
     train_wordpiece,
@@ -62,6 +63,7 @@ PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers", "valida
 TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_size", "lowercase")
 DRY_RUN_DOCUMENTS = 500
 STREAMED_TOKENIZER_DOCUMENTS = 200_000
+COUNTED_EXAMPLES = 20_000
 
 
 @dataclass
@@ -309,6 +311,22 @@ def make_model(model_class, config, source):
         ) from error
 
 
+def start_at_frequencies(model, counts):
+    """Lets a new model predict every masked token by how often it stands in the text: the bias of its MLM head.
+
+    Without this, all hidden states drift in one common direction that encodes the frequencies, and context is learned
+    late or, at a high learning rate, not at all.
+
+    Args:
+        counts: occurrences of each token, [up to vocab_size]; each is counted once more.
+    """
+    bias = model.cls.predictions.bias
+    smoothed = torch.ones_like(bias)
+    smoothed[: len(counts)] += torch.from_numpy(counts).to(bias)
+    with torch.no_grad():
+        bias.copy_((smoothed / smoothed.sum()).log())
+
+
 def run_settings(model_args, data_args, training_args, config, tokenizer, train_examples):
     """What makes a run this run, as JSON values: {group: {field: value}}."""
     data = {name: value for name, value in asdict(data_args).items() if name not in PLACE_AND_SPEED_FIELDS}
@@ -393,6 +411,8 @@ class Pretraining:
                 self.examples[split], self.summaries[split] = prepare_examples(
                     rows, self.tokenizer, data_args, seed=training_args.seed, training=split == "train"
                 )
+        if "train" in self.examples and model_args.model_name_or_path is None:
+            start_at_frequencies(self.model, count_tokens(self.examples["train"], self.tokenizer, COUNTED_EXAMPLES))
         self.settings = run_settings(
             model_args, data_args, training_args, config, self.tokenizer, self.examples.get("train")
         )

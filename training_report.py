@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, SchedulerType, pipeline
 from transformers.utils import logging as transformers_logging
 
 from modeling_lambdabert import LambdaBertForMaskedLM
+from pretraining_data import count_tokens
 
 MODEL_CARD = """\
 ---
@@ -101,16 +102,6 @@ def describe_run(model, summaries, steps, args):
     return "\n".join(lines)
 
 
-def token_counts(examples, tokenizer, limit=200_000):
-    """Occurrences of each token in (at most `limit`) examples, special tokens left out: [vocab_size]."""
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
-    rows = examples.select(range(min(len(examples), limit))).select_columns("input_ids").with_format("arrow")
-    for batch in rows.iter(batch_size=1000):
-        counts += np.bincount(batch["input_ids"].combine_chunks().flatten().to_numpy(), minlength=len(counts))
-    counts[tokenizer.all_special_ids] = 0
-    return counts
-
-
 def unigram_baseline(train_examples, eval_examples, tokenizer):
     """How well token frequencies alone predict the evaluation text, in nats per token.
 
@@ -119,12 +110,12 @@ def unigram_baseline(train_examples, eval_examples, tokenizer):
         `unigram_cross_entropy`: its cross entropy under the frequencies of the training text, each count plus one
         (missing where the training text is streamed or not there).
     """
-    counts = token_counts(eval_examples, tokenizer)
+    counts = count_tokens(eval_examples, tokenizer)
     frequencies = counts / counts.sum()
     seen = frequencies > 0
     baseline = {"unigram_entropy": float(-(frequencies[seen] * np.log(frequencies[seen])).sum())}
     if hasattr(train_examples, "__len__"):
-        smoothed = token_counts(train_examples, tokenizer) + 1
+        smoothed = count_tokens(train_examples, tokenizer) + 1
         baseline["unigram_cross_entropy"] = float(-(frequencies * np.log(smoothed / smoothed.sum())).sum())
     return baseline
 

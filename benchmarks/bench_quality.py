@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from corpora import load_corpus
 from environment import environment
 from lambda_variants import apply_variant, running_variant
-from pretraining_data import prepare_examples
-from run_language_modeling import Pretraining, parse_arguments, set_up_logging
+from pretraining_data import count_tokens, prepare_examples
+from run_language_modeling import Pretraining, parse_arguments, set_up_logging, start_at_frequencies
 
 LAMBDA_FIELDS = ("num_lambda_queries", "key_depth", "intra_depth", "local_context_size", "lambda_norm")
 DATA_SEED = 42  # of pairs and of evaluation masks
@@ -102,6 +102,7 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
     else:
         pretraining.model = type(pretraining.model)(pretraining.model.config)
     apply_variant(pretraining.model, model.get("variant"))
+    start_at_frequencies(pretraining.model, count_tokens(pretraining.examples["train"], pretraining.tokenizer))
     return pretraining
 
 

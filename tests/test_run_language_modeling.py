@@ -180,6 +180,20 @@ def test_evaluation_keeps_sums_instead_of_logits():
     assert "sentence_loss" not in metrics
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_new_model_starts_at_the_frequencies_of_the_text(text, tmp_path, streaming):
+    values = dict(output_dir=str(tmp_path / "run"), objective="mlm", streaming=streaming)
+    recipe = write_recipe(tmp_path / "recipe.json", **sources(text, **values))
+    run = run_language_modeling.Pretraining(*parse_arguments([recipe]))
+    tokens = [token for example in run.examples["train"] for token in example["input_ids"]]
+    words = [token for token in tokens if token not in run.tokenizer.all_special_ids]
+    head = run.model.cls.predictions
+    torch.nn.init.zeros_(head.transform.LayerNorm.weight)
+    predicted = head(torch.randn(1, 1, run.model.config.hidden_size)).softmax(-1)[0, 0]
+    expected = torch.ones_like(predicted) + torch.bincount(torch.tensor(words), minlength=len(predicted))
+    torch.testing.assert_close(predicted, expected / expected.sum())
+
+
 def test_unigram_baseline(text):
     tokenizer = run_language_modeling.load_tokenizer(text / "tokenizer")
     cls, sep, a, b = tokenizer.cls_token_id, tokenizer.sep_token_id, 50, 60
