@@ -36,7 +36,7 @@ class LambdaBertConfig(BertConfig):
 
     num_lambda_queries: int = 8
     key_depth: int = 8
-    intra_depth: int = 4
+    intra_depth: int = 1
     local_context_size: int | None = None
     output_lambda_params: bool = False
     lambda_norm: str = "layer"

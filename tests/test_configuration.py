@@ -13,7 +13,7 @@ from configuration_lambdabert import LambdaBertConfig
 LAMBDA_DEFAULTS = {
     "num_lambda_queries": 8,
     "key_depth": 8,
-    "intra_depth": 4,
+    "intra_depth": 1,
     "local_context_size": None,
     "output_lambda_params": False,
 }
