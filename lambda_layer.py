@@ -25,7 +25,7 @@ from transformers import initialization as init
 
 LOCAL_BLOCK = 8  # query positions per dense product; fastest of 2 to 32 on CPU for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the direct global product is faster than the FFT on CPU
-TILE = 128  # query positions whose lambdas fill a processor core's cache
+TILE = 256  # query positions whose lambdas fill a processor core's cache
 OFF_STRIDE = 16  # numbers between rows to be transposed: strides of 2^i compete for few places in a cache
 FFT_TILE = 2**18  # numbers in the lambdas of one FFT; more of them leave the cache
 FFT_DEPTHS = 8  # value depths in one FFT at least: fewer fill no line of a cache where the lambdas are written
