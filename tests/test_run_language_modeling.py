@@ -238,7 +238,7 @@ def test_recipes_dry_run(recipe, text, tmp_path):
 
 
 def test_all_recipes_are_there():
-    assert [file.stem for file in RECIPES] == ["demo", "wikipedia", "wikitext103", "wikitext2"]
+    assert [file.stem for file in RECIPES] == ["demo", "wikipedia", "wikipedia_small", "wikitext103", "wikitext2"]
 
 
 def test_streaming_trains(text, tmp_path):
