@@ -63,7 +63,7 @@ except ImportError:
     from lambda_layer import LambdaLayer, as_a_whole, as_token_mask
     from unpadding import Packing
 
-FEED_FORWARD_TILE = 512  # tokens whose intermediate states stay in a processor's cache
+FEED_FORWARD_TILE = 512  # tokens; their intermediate states fit into memory that is reused, a whole batch's do not
 
 
 @dataclass
