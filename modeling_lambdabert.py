@@ -7,6 +7,7 @@ embeddings, feed-forward layers, pooler and heads. What differs is `LambdaLayer`
 Shapes: B batch, N tokens, D hidden_size, K key_depth, V = D / num_lambda_queries.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +54,19 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
+    from .bert_conversion import convert_weights, converted_config, load_bert
     from .configuration_lambdabert import LambdaBertConfig
     from .lambda_layer import LambdaLayer, as_a_whole, as_token_mask
     from .unpadding import Packing
 except ImportError:
     if __package__:
         raise
+    from bert_conversion import convert_weights, converted_config, load_bert
     from configuration_lambdabert import LambdaBertConfig
     from lambda_layer import LambdaLayer, as_a_whole, as_token_mask
     from unpadding import Packing
+
+logger = logging.getLogger(__name__)
 
 FEED_FORWARD_TILE = 512  # tokens; their intermediate states fit into memory that is reused, a whole batch's do not
 
@@ -219,6 +224,35 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
             module.reset_parameters()
         elif hasattr(module, "init_std"):  # a projection into or out of a lambda layer; one alone may be missing
             init.normal_(module.weight, std=module.init_std)
+
+    @classmethod
+    def from_bert(cls, bert, **lambda_settings):
+        """Turns a trained BERT into a LambdaBERT, to be trained further: its lambda layers know nothing yet.
+
+        Embeddings, feed-forward layers, norms, pooler and head are copied, and so are the config's fields. A pooler or
+        head that the BERT lacks starts at random, as in `from_pretrained`. The log and `conversion_report` of the model
+        say what became of each weight.
+
+        Args:
+            bert: a BERT of `transformers`, or the folder or hub name of one.
+            lambda_settings: fields of `LambdaBertConfig`; `num_lambda_queries` is the BERT's number of attention heads
+                unless given. A `max_position_embeddings` above the BERT's P continues the position table by its rows
+                1 ... P - 1, again and again.
+
+        Returns:
+            The model, in evaluation mode, on the BERT's device and in its precision.
+
+        Raises:
+            ValueError: not BERT's architecture, a decoder, cross-attention or relative positions; a setting that is no
+                field or contradicts the shape of a copied weight.
+        """
+        bert_class = next(base for base in cls.__mro__ if base.__module__ == BertModel.__module__)
+        teacher, missing = load_bert(bert, bert_class)
+        model = cls(converted_config(teacher.config, cls.config_class, lambda_settings))
+        model.to(device=teacher.device, dtype=teacher.dtype)
+        model.conversion_report = convert_weights(teacher, model, missing)
+        logger.warning(f"{cls.__name__} from {type(teacher).__name__}:\n{model.conversion_report}")
+        return model.eval()
 
 
 class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):

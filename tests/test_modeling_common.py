@@ -486,7 +486,13 @@ class TestRemoteCode:
     def test_saved_files_are_flat_and_complete(self, make_config, tmp_path):
         random_model(LambdaBertForMaskedLM, make_config()).save_pretrained(tmp_path)
         files = {path.name for path in tmp_path.iterdir()}
-        assert {"configuration_lambdabert.py", "lambda_layer.py", "modeling_lambdabert.py", "unpadding.py"} <= files
+        assert {
+            "bert_conversion.py",
+            "configuration_lambdabert.py",
+            "lambda_layer.py",
+            "modeling_lambdabert.py",
+            "unpadding.py",
+        } <= files
         assert "config.json" in files
         auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
         assert set(auto_map) == {"AutoConfig", *(auto_class.__name__ for auto_class in AUTO_CLASSES.values())}

@@ -1,0 +1,223 @@
+"""From a trained BERT to a LambdaBERT: what is carried over, what is computed from attention, and what starts afresh.
+
+Shapes: D hidden_size, P max_position_embeddings, V value depth, U intra_depth, H num_lambda_queries.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, PreTrainedModel
+
+# fields that say how a model was saved or run, not what it is
+NOT_CARRIED = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "transformers_version",
+)
+FIXED_BY_WEIGHTS = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "type_vocab_size")
+COMPUTED = (".attention.self.to_values.weight", ".attention.output.dense.weight", ".attention.output.dense.bias")
+POSITION_TABLE = "embeddings.position_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of the weights; names as in the model's and in the BERT's state dict.
+
+    Attributes:
+        copied: weights that equal the BERT's, the position table's own rows included.
+        computed: weights that start from the attention's value and output projections.
+        fresh: weights that start at random, because BERT has none of the kind or this one lacks them.
+        left_out: weights of the BERT that the model has no place for.
+    """
+
+    copied: tuple[str, ...]
+    computed: tuple[str, ...]
+    fresh: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def fresh_heads(self) -> tuple[str, ...]:
+        """Fresh weights outside of the lambda layers."""
+        return tuple(name for name in self.fresh if ".attention.self." not in name)
+
+    def __str__(self):
+        lines = [
+            f"copied {len(self.copied)} weights: embeddings, feed-forward layers, norms and what heads both have",
+            f"computed {len(self.computed)} from the attention's value and output projections",
+            f"fresh {len(self.fresh)}, to be trained: the rest of the lambda layers"
+            + (f", and {', '.join(self.fresh_heads)}" if self.fresh_heads else ""),
+            f"left out {len(self.left_out)}: "
+            + ", ".join(sorted({name.partition(".layer.")[0] for name in self.left_out}) or ["nothing"]),
+        ]
+        return "\n".join(lines)
+
+
+def check_bert(fields: dict, name: str):
+    """Refuses what is not BERT's encoder.
+
+    Args:
+        fields: those of its config.
+        name: how messages call it.
+
+    Raises:
+        ValueError: another architecture, a decoder, cross-attention, or relative positions.
+    """
+    if fields.get("model_type") != BertConfig.model_type:
+        raise ValueError(
+            f"{name} has model_type={fields.get('model_type')!r}: only BERT's own architecture, model_type='bert', "
+            "becomes a LambdaBERT; give a BERT model, its folder or its hub name."
+        )
+    for field in ("is_decoder", "add_cross_attention"):
+        if fields.get(field):
+            raise ValueError(
+                f"{name} has {field}=True: LambdaBERT is an encoder that sees both directions; give a BERT encoder."
+            )
+    positions = fields.get("position_embedding_type") or "absolute"
+    if positions != "absolute":
+        raise ValueError(
+            f"{name} has position_embedding_type={positions!r}: its positions live in attention, which is replaced; "
+            "give a BERT with 'absolute' ones."
+        )
+
+
+def load_bert(bert: PreTrainedModel | str, bert_class: type) -> tuple[PreTrainedModel, set[str]]:
+    """The BERT, and the names of its weights that its folder did not hold.
+
+    Args:
+        bert: a model of `transformers`, a folder or a hub name.
+        bert_class: the class that a folder is loaded as.
+
+    Raises:
+        ValueError: as `check_bert`; or `bert` is none of the three.
+        OSError: no such folder or hub name.
+    """
+    if isinstance(bert, PreTrainedModel):
+        check_bert(bert.config.to_dict(), type(bert).__name__)
+        return bert, set()
+    if not isinstance(bert, str | PathLike):
+        raise ValueError(f"{type(bert).__name__} is no BERT: give a model of transformers, its folder or its hub name.")
+    check_bert(BertConfig.get_config_dict(bert)[0], str(bert))
+    model, report = bert_class.from_pretrained(bert, output_loading_info=True)
+    return model, set(report["missing_keys"])
+
+
+def converted_config(config: BertConfig, config_class: type, settings: dict):
+    """BERT's config as a `config_class` with `settings` in it; as many queries as BERT has heads unless they say more.
+
+    Raises:
+        ValueError: a setting is no field, or contradicts the shape of the weights.
+    """
+    unknown = sorted(set(settings) - set(config_class().to_dict()) - {"num_labels"})
+    if unknown:
+        raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
+    for field in FIXED_BY_WEIGHTS:
+        if settings.get(field, getattr(config, field)) != getattr(config, field):
+            raise ValueError(
+                f"{field}={settings[field]} contradicts the BERT's {getattr(config, field)}, whose weights are copied; "
+                f"leave {field} out."
+            )
+    fields = {name: value for name, value in config.to_dict().items() if name in BertConfig().to_dict()}
+    fields = {name: value for name, value in fields.items() if name not in NOT_CARRIED}
+    if settings.get("num_labels", config.num_labels) != config.num_labels:
+        fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+    return config_class(**{**fields, "num_lambda_queries": config.num_attention_heads, **settings})
+
+
+def extend_positions(table: torch.Tensor, length: int) -> torch.Tensor:
+    """A position table [P, D] as [length, D]: cut, or continued by its rows 1 to P - 1 again and again.
+
+    Neighbours so keep the difference that they were trained with, but for one place in P - 1. Row 0 is left out of the
+    repetition: trained on [CLS] alone, it is unlike all others.
+    """
+    positions = torch.arange(length, device=table.device)
+    repeated = 1 + (positions - 1) % (len(table) - 1)
+    return table[torch.where(positions < len(table), positions, repeated)]
+
+
+def bare(name: str) -> str:
+    """A weight's name without the prefix that heads give their encoder's weights."""
+    return name.removeprefix("bert.")
+
+
+@torch.no_grad()
+def start_from_attention(
+    attention: nn.Module, previous_norm: nn.LayerNorm, lambda_attention: nn.Module, branch_scale: float
+):
+    """Lets a lambda layer's values and output start in the subspaces that attention's use most.
+
+    Whatever its weights, attention hands on T = Wo Wv times an average of its inputs. Those are g z + b for the g and b
+    of the norm before it and z of unit variance, so the best approximation of rank V U in the least squares sense is
+    the truncated singular value decomposition T diag(g) = L S Rt. Values are Rt z up to a constant, of unit variance.
+    The lambdas mix the U values of a depth, by queries, keys and E that are fresh; in the output projection, query h
+    begins with L S of the values u = h mod U. Attention's weights sum to 1, so its values' bias goes into the output's.
+
+    Args:
+        attention: a `BertAttention`.
+        previous_norm: the norm whose output attention sees.
+        lambda_attention: the `LambdaBertAttention` to change.
+        branch_scale: root mean square of the output over that of T; small, because the lambdas are not trained yet.
+    """
+    layer, output = lambda_attention.self, lambda_attention.output.dense
+    given, out = attention.self.value, attention.output.dense
+    depth, intra = layer.to_values.out_features // layer.intra_depth, layer.intra_depth
+    mapped = out.weight.double() @ given.weight.double()
+    left, singular, _ = torch.linalg.svd(mapped * previous_norm.weight.double())
+    rank = min(depth * intra, int((singular > 1e-6 * singular[0]).sum()))
+    left, singular = left[:, :rank], singular[:rank]
+
+    layer.to_values.weight[:rank] = (left.T @ mapped / singular[:, None]).to(given.weight)  # = Rt / g
+    columns = F.pad(left * singular, (0, depth * intra - rank)).unflatten(1, (depth, intra))
+    of_query = torch.arange(layer.num_queries, device=mapped.device) % intra
+    output.weight.copy_(columns[..., of_query].transpose(1, 2).flatten(1) * (branch_scale / layer.num_queries**0.5))
+    output.bias.copy_(out.bias + out.weight @ given.bias)
+
+
+@torch.no_grad()
+def convert_weights(bert: PreTrainedModel, model: PreTrainedModel, missing: set[str]) -> ConversionReport:
+    """Fills a new model with the weights of a BERT.
+
+    Args:
+        bert: the BERT.
+        model: a LambdaBERT of the config that `converted_config` made.
+        missing: names of weights of the BERT that were not trained and do not count.
+
+    Raises:
+        ValueError: a head's weight has another shape.
+    """
+    norms = [bert.base_model.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in bert.base_model.encoder.layer)]
+    layers = zip(bert.base_model.encoder.layer, norms, model.base_model.encoder.layer)
+    for of_bert, previous_norm, own in layers:
+        start_from_attention(of_bert.attention, previous_norm, own.attention, (2 * len(norms) - 2) ** -0.5)
+    given = {bare(name): (name, weight) for name, weight in bert.state_dict().items() if name not in missing}
+    copied, computed, fresh = {}, [], []
+    for name, weight in model.state_dict().items():
+        if name.endswith(COMPUTED):
+            computed.append(name)
+            continue
+        if bare(name) not in given:
+            fresh.append(name)
+            continue
+        source, trained = given[bare(name)]
+        if bare(name) == POSITION_TABLE:
+            trained = extend_positions(trained, len(weight))
+        if trained.shape != weight.shape:
+            raise ValueError(
+                f"{source} of the BERT has shape {list(trained.shape)}, the model's {list(weight.shape)}: leave "
+                "num_labels out, or convert the BERT's base model, which has no head."
+            )
+        weight.copy_(trained)
+        copied[name] = source
+    return ConversionReport(
+        copied=tuple(copied),
+        computed=tuple(computed),
+        fresh=tuple(fresh),
+        left_out=tuple(name for name, _ in given.values() if name not in copied.values()),
+    )
