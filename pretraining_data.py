@@ -8,8 +8,10 @@ Three objectives, each beside masked language modelling:
             order (label 0) or swapped (label 1).
     mlm     no sentence task: a document is cut into stretches of full length.
 
-A pair is [CLS] A [SEP] B [SEP], a stretch [CLS] A [SEP]. What is drawn at random depends only on the seed and on the
-document (pairs) or the example (masks) itself, never on processes, batches, order or resuming.
+Distillation takes stretches too, or the sentences of a document each by itself ("sentences").
+
+A pair is [CLS] A [SEP] B [SEP], a stretch or a sentence [CLS] A [SEP]. What is drawn at random depends only on the
+seed and on the document (pairs) or the example (masks) itself, never on processes, batches, order or resuming.
 """
 
 import hashlib
@@ -60,32 +62,17 @@ PREPARATION_CODE = Path(__file__).read_bytes()
 
 
 @dataclass
-class DataArguments(CorpusArguments):
-    """Which text to read, and how it becomes masked examples.
+class TextArguments(CorpusArguments):
+    """Which text to read, how long examples are, and what is masked in them.
 
     Raises:
         ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    objective: str = field(
-        default="nsp",
-        metadata={
-            "help": "Task beside masked language modelling: next sentence prediction (nsp), sentence order "
-            "prediction (sop), or none (mlm).",
-            "choices": list(OBJECTIVES),
-        },
-    )
-    sop: bool = field(default=False, metadata={"help": "The same as --objective sop."})
     language: str = field(
         default="en", metadata={"help": "ISO 639 code of the text's language, for finding sentences."}
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longest example in tokens, special ones included."})
-    short_seq_probability: float = field(
-        default=0.1, metadata={"help": "Share of pairs that aim at a random shorter length."}
-    )
-    dupe_factor: int = field(
-        default=1, metadata={"help": "How many times each training document is paired, differently each time."}
-    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are to be predicted."})
     mask_replace_prob: float = field(
         default=0.8, metadata={"help": "Share of the tokens to be predicted that [MASK] replaces."}
@@ -107,21 +94,8 @@ class DataArguments(CorpusArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sop:
-            if self.objective == "mlm":
-                raise ValueError("sop=True contradicts objective='mlm': leave one of them out.")
-            self.objective = "sop"
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is unknown: use one of {', '.join(OBJECTIVES)}.")
-        shortest = _special_tokens(self.objective) + (1 if self.objective == "mlm" else 2)
-        if self.max_seq_length < shortest:
-            raise ValueError(
-                f"max_seq_length={self.max_seq_length} is too small for objective={self.objective!r}, which needs "
-                f"{shortest} tokens for its special tokens and text: raise it, to 128 for example."
-            )
-        for name in ("short_seq_probability", "mlm_probability", "mask_replace_prob", "random_replace_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+        for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob"):
+            self.check_share(name)
         if self.mlm_probability == 0:
             raise ValueError("mlm_probability=0 leaves nothing to predict: use 0.15 for example.")
         if self.mask_replace_prob + self.random_replace_prob > 1:
@@ -129,15 +103,63 @@ class DataArguments(CorpusArguments):
                 f"mask_replace_prob={self.mask_replace_prob} and random_replace_prob={self.random_replace_prob} "
                 "exceed 1 together: lower one of them."
             )
-        for name in (
-            "dupe_factor",
-            "shuffle_buffer_size",
-            "max_train_samples",
-            "max_eval_samples",
-            "pad_to_multiple_of",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        for name in ("shuffle_buffer_size", "max_train_samples", "max_eval_samples", "pad_to_multiple_of"):
+            if getattr(self, name) is not None:
+                self.check_count(name)
+
+    def check_share(self, name: str):
+        if not 0 <= getattr(self, name) <= 1:
+            raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")
+
+    def check_count(self, name: str):
+        if getattr(self, name) < 1:
+            raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+
+    def check_room(self, objective: str):
+        """Refuses a `max_seq_length` without room for text beside the special tokens."""
+        shortest = _special_tokens(objective) + (2 if objective in SENTENCE_LABELS else 1)
+        if self.max_seq_length < shortest:
+            raise ValueError(
+                f"max_seq_length={self.max_seq_length} is too small for objective={objective!r}, which needs "
+                f"{shortest} tokens for its special tokens and text: raise it, to 128 for example."
+            )
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """Which text to read, and how it becomes masked examples.
+
+    Raises:
+        ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
+    """
+
+    objective: str = field(
+        default="nsp",
+        metadata={
+            "help": "Task beside masked language modelling: next sentence prediction (nsp), sentence order "
+            "prediction (sop), or none (mlm).",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    sop: bool = field(default=False, metadata={"help": "The same as --objective sop."})
+    short_seq_probability: float = field(
+        default=0.1, metadata={"help": "Share of pairs that aim at a random shorter length."}
+    )
+    dupe_factor: int = field(
+        default=1, metadata={"help": "How many times each training document is paired, differently each time."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sop:
+            if self.objective == "mlm":
+                raise ValueError("sop=True contradicts objective='mlm': leave one of them out.")
+            self.objective = "sop"
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is unknown: use one of {', '.join(OBJECTIVES)}.")
+        self.check_room(self.objective)
+        self.check_share("short_seq_probability")
+        self.check_count("dupe_factor")
 
 
 @dataclass(frozen=True)
@@ -223,7 +245,7 @@ def train_wordpiece(
 def prepare_examples(
     documents: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
-    arguments: DataArguments,
+    arguments: TextArguments,
     *,
     seed: int,
     training: bool,
@@ -274,7 +296,7 @@ def prepare_examples(
         desc="Tokenizing documents",
         settings=(_tokenizer_state(tokenizer), arguments.language, importlib.metadata.version("sentencex")),
     )
-    lengths = _list_lengths(tokenized, "input_ids")
+    lengths = list_lengths(tokenized, "input_ids")
     usable = np.flatnonzero(lengths)
     if arguments.objective == "nsp" and len(usable) < 2:
         raise ValueError(_single_document_message(len(usable)))
@@ -305,10 +327,10 @@ def prepare_examples(
     summary = PreparationSummary(
         documents=len(usable),
         skipped_rows=len(lengths) - len(usable),
-        short_documents=int((lengths == 1).sum()) if arguments.objective != "mlm" else 0,
-        sentences=int(_list_lengths(tokenized, "sentence_lengths").sum()),
+        short_documents=int((lengths == 1).sum()) if arguments.objective in SENTENCE_LABELS else 0,
+        sentences=int(list_lengths(tokenized, "sentence_lengths").sum()),
         examples=len(examples),
-        tokens=int(_list_lengths(examples, "input_ids").sum()),
+        tokens=int(list_lengths(examples, "input_ids").sum()),
         cache_directory=str(Path(cache_files[0]["filename"]).parent) if cache_files else None,
     )
     return examples, summary
@@ -337,8 +359,8 @@ def split_sentences(text: str, language: str = "en") -> list[str]:
     ]
 
 
-def sentence_bounds(sentence_lengths: Iterable[int], longest: int) -> list[int]:
-    """Cuts sentences longer than `longest` into even parts, and a lone sentence in two.
+def cut_sentences(sentence_lengths: Iterable[int], longest: int) -> list[int]:
+    """Cuts sentences longer than `longest` into even parts.
 
     Args:
         sentence_lengths: Tokens in each sentence of a document.
@@ -347,15 +369,16 @@ def sentence_bounds(sentence_lengths: Iterable[int], longest: int) -> list[int]:
     Returns:
         The token at which each part starts, and the end of the last.
     """
-    parts: list[int] = []
-    for length in sentence_lengths:
-        if length <= longest:
-            parts.append(length)
-        else:
-            parts += _even_parts(length, -(-length // longest))
-    if len(parts) == 1 and parts[0] > 1:
-        parts = _even_parts(parts[0], 2)
+    parts = (part for length in sentence_lengths for part in _even_parts(length, -(-length // longest)))
     return list(itertools.accumulate(parts, initial=0))
+
+
+def sentence_bounds(sentence_lengths: Iterable[int], longest: int) -> list[int]:
+    """As `cut_sentences`, but a lone part is cut in two."""
+    bounds = cut_sentences(sentence_lengths, longest)
+    if len(bounds) == 2 and bounds[1] > 1:
+        return list(itertools.accumulate(_even_parts(bounds[1], 2), initial=0))
+    return bounds
 
 
 class Pair(NamedTuple):
@@ -535,7 +558,7 @@ class ExampleBuilder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        arguments: DataArguments,
+        arguments: TextArguments,
         seed: int,
         copies: int,
         pool: DocumentPool | None = None,
@@ -550,7 +573,7 @@ class ExampleBuilder:
         self.start_token = np.array([tokenizer.cls_token_id], dtype=id_type)
         self.end_token = np.array([tokenizer.sep_token_id], dtype=id_type)
         self.features = Features({"input_ids": List(Value(id_type.name))})
-        if self.objective != "mlm":
+        if self.objective in SENTENCE_LABELS:
             self.features["token_type_ids"] = List(Value("int8"))
             self.features[SENTENCE_LABELS[self.objective]] = Value("int8")
 
@@ -570,6 +593,10 @@ class ExampleBuilder:
             fingerprint = zlib.crc32(document.ids)
             for copy in range(self.copies):
                 rng = random.Random(f"{self.seed}-{copy}-{fingerprint}")
+                if self.objective == "sentences":
+                    bounds = cut_sentences(document.sentence_lengths.tolist(), self.budget)
+                    examples += ((document.ids[start:stop],) for start, stop in itertools.pairwise(bounds))
+                    continue
                 if self.objective == "mlm":
                     first = self.budget if copy == 0 else rng.randint(1, self.budget)
                     examples += (
@@ -610,10 +637,10 @@ class ExampleBuilder:
                 pieces += (segment, self.end_token)
         # [examples, segments]; [CLS] belongs to the first segment.
         lengths = np.array([[len(segment) + 1 for segment in segments] for segments in examples], dtype=np.int64)
-        lengths = lengths.reshape(len(examples), 1 if self.objective == "mlm" else 2)
+        lengths = lengths.reshape(len(examples), 2 if self.objective in SENTENCE_LABELS else 1)
         lengths[:, 0] += 1
         columns = {"input_ids": _list_array(np.concatenate(pieces), lengths.sum(1))}
-        if self.objective != "mlm":
+        if self.objective in SENTENCE_LABELS:
             token_types = np.repeat(np.tile(np.array([0, 1], dtype=np.int8), len(examples)), lengths.ravel())
             columns["token_type_ids"] = _list_array(token_types, lengths.sum(1))
             columns[SENTENCE_LABELS[self.objective]] = pa.array(labels, type=pa.int8())
@@ -678,7 +705,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         return masked[0], labels[0]
 
 
-def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, *, seed: int) -> MaskingCollator:
+def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: TextArguments, *, seed: int) -> MaskingCollator:
     """Returns a collator for training, or, as long as its epoch stays 0, for evaluation.
 
     Raises:
@@ -714,7 +741,7 @@ def _word_continues(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 
 
 def _special_tokens(objective: str) -> int:
-    return 2 if objective == "mlm" else 3
+    return 3 if objective in SENTENCE_LABELS else 2
 
 
 def _id_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
@@ -761,14 +788,15 @@ def _list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values)
 
 
-def _list_lengths(dataset: Dataset, column: str) -> np.ndarray:
+def list_lengths(dataset: Dataset, column: str) -> np.ndarray:
+    """The length of each row's list in a column: [rows]."""
     return pc.list_value_length(dataset.data.column(column)).to_numpy()
 
 
 def _map(
     documents: Dataset,
     function: DocumentTokenizer | ExampleBuilder,
-    arguments: DataArguments,
+    arguments: TextArguments,
     *,
     desc: str,
     settings: tuple,

@@ -1,5 +1,7 @@
 """The `Trainer` of the pretraining command: exact metrics per part, and runs that survive being interrupted.
 
+`InterruptibleTrainer` is what it has in common with that of distillation.
+
 A checkpoint is whole once its `trainer_state.json`, which is written after everything else, is there and every file
 beside it can be opened; anything else is never loaded.
 """
@@ -13,6 +15,7 @@ import shutil
 import signal
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -28,7 +31,15 @@ logger = logging.getLogger(__name__)
 SENTENCE_LABELS = ("next_sentence_label", "sentence_order_label")
 RUN_SETTINGS_NAME = "run_settings.json"
 # what a run leaves at the top of its output folder, besides the checkpoints
-RUN_FILES = ("config.json", "model*.safetensors*", "tokenizer*", "metrics.json", "README.md", "training_curves.png")
+RUN_FILES = (
+    "config.json",
+    "model*.safetensors*",
+    "modules.json",
+    "tokenizer*",
+    "metrics.json",
+    "README.md",
+    "training_curves.png",
+)
 CHECKPOINT_PARTS = (
     ("trainer_state.json",),
     ("config.json", "pytorch_model_fsdp*"),
@@ -268,8 +279,32 @@ class EndlessStream(torch.utils.data.IterableDataset):
                 return
 
 
-class PretrainingTrainer(Trainer):
-    """Trains and evaluates masked language modelling with an optional sentence task.
+@contextmanager
+def logits_of(model, masked):
+    """Within it, an MLM head sees the masked tokens alone, and gives logits [M, vocab_size].
+
+    The head, with its product of all tokens by the vocabulary, is most of a small model's work.
+
+    Args:
+        model: one with an MLM head.
+        masked: bool [B, N].
+    """
+    hook = model.cls.predictions.register_forward_pre_hook(lambda module, hidden_states: (hidden_states[0][masked],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def mlm_logits(outputs, masked):
+    """The logits [M, vocab_size] of what was computed within `logits_of`."""
+    logits = outputs["logits"] if "logits" in outputs else outputs["prediction_logits"]
+    # a compiled model leaves the hook out
+    return logits[masked] if logits.dim() == 3 else logits
+
+
+class InterruptibleTrainer(Trainer):
+    """A Trainer that saves and ends at SIGTERM, never takes up half a checkpoint, and resumes streams and time.
 
     Args:
         data_collator: masks training batches; `set_epoch` changes its masks.
@@ -282,7 +317,6 @@ class PretrainingTrainer(Trainer):
             *args,
             train_dataset=EndlessStream(train_dataset, data_collator) if streamed else train_dataset,
             data_collator=data_collator,
-            compute_metrics=pretraining_metrics,
             **kwargs,
         )
         self.eval_collator = eval_collator
@@ -292,8 +326,6 @@ class PretrainingTrainer(Trainer):
             self.add_callback(EpochMasks(data_collator))
         # wall-clock time of this run: `seconds` so far when `clock` was read
         self.seconds, self.clock = 0.0, time.monotonic()
-        # summed loss (nats) and number of masked tokens since the last log
-        self.mlm_sums = torch.zeros(2, device=self.args.device)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint:
@@ -302,15 +334,6 @@ class PretrainingTrainer(Trainer):
         self.clock = time.monotonic()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # the model divides by the tokens of all micro-batches and processes, the Trainer multiplies by the latter
-        mlm_loss = outputs["mlm_loss"] if "mlm_loss" in outputs else loss / self.accelerator.num_processes
-        masked = (inputs["labels"] != -100).sum()
-        count = masked if num_items_in_batch is None else num_items_in_batch
-        self.mlm_sums += torch.stack([mlm_loss.detach().float() * count, masked.float()])
-        return (loss, outputs) if return_outputs else loss
-
     def get_eval_dataloader(self, eval_dataset=None):
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
@@ -318,29 +341,7 @@ class PretrainingTrainer(Trainer):
         finally:
             self.data_collator = train_collator
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Returns (None, sums [B, 6], masked tokens [B]), so that evaluation never gathers logits."""
-        inputs = self._prepare_inputs(inputs)
-        masked = inputs["labels"] != -100
-        head = self.accelerator.unwrap_model(model).cls.predictions
-        # the head, with its product of all tokens by the vocabulary, is most of a small model's work
-        hook = head.register_forward_pre_hook(lambda module, hidden_states: (hidden_states[0][masked],))
-        try:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-        finally:
-            hook.remove()
-        logits = outputs["logits"] if "logits" in outputs else outputs["prediction_logits"]
-        if logits.dim() == 3:  # a compiled model leaves the hook out
-            logits = logits[masked]
-        sums = example_sums(logits, outputs.get("seq_relationship_logits"), inputs)
-        return None, sums, sums[:, 0]
-
     def log(self, logs, start_time=None):
-        if "loss" in logs:
-            loss, tokens = self.accelerator.reduce(self.mlm_sums).tolist()
-            logs["mlm_loss"] = loss / max(tokens, 1)
-            self.mlm_sums.zero_()
         if "eval_tokens" in logs:
             logs["eval_tokens_per_second"] = round(logs["eval_tokens"] / max(logs["eval_runtime"], 1e-3), 1)
         logs["seconds"] = round(self.seconds + time.monotonic() - self.clock, 2)
@@ -369,3 +370,39 @@ class PretrainingTrainer(Trainer):
                 f"{folder} could not be written ({error}). Free or add space and start the same command again: "
                 "it goes on from the last whole checkpoint."
             ) from error
+
+
+class PretrainingTrainer(InterruptibleTrainer):
+    """Trains and evaluates masked language modelling with an optional sentence task."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, compute_metrics=pretraining_metrics, **kwargs)
+        # summed loss (nats) and number of masked tokens since the last log
+        self.mlm_sums = torch.zeros(2, device=self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # the model divides by the tokens of all micro-batches and processes, the Trainer multiplies by the latter
+        mlm_loss = outputs["mlm_loss"] if "mlm_loss" in outputs else loss / self.accelerator.num_processes
+        masked = (inputs["labels"] != -100).sum()
+        count = masked if num_items_in_batch is None else num_items_in_batch
+        self.mlm_sums += torch.stack([mlm_loss.detach().float() * count, masked.float()])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Returns (None, sums [B, 6], masked tokens [B]), so that evaluation never gathers logits."""
+        inputs = self._prepare_inputs(inputs)
+        masked = inputs["labels"] != -100
+        unwrapped = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), self.compute_loss_context_manager(), logits_of(unwrapped, masked):
+            outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        logits = mlm_logits(outputs, masked)
+        sums = example_sums(logits, outputs.get("seq_relationship_logits"), inputs)
+        return None, sums, sums[:, 0]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            loss, tokens = self.accelerator.reduce(self.mlm_sums).tolist()
+            logs["mlm_loss"] = loss / max(tokens, 1)
+            self.mlm_sums.zero_()
+        super().log(logs, start_time)

@@ -36,8 +36,8 @@ The folder carries its own code:
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = AutoModelForMaskedLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
 print(pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)("{sentence}"))
 ```
 
@@ -126,21 +126,21 @@ def curve(history, name, axis):
     return [record[axis] for record in records], [record[name] for record in records]
 
 
-def plot_curves(history, file):
-    """Draws train and validation MLM loss over steps and over time; returns whether there was anything to draw."""
-    names = {"mlm_loss": "training", "eval_mlm_loss": "validation"}
+def plot_curves(history, file, loss="mlm_loss", label="MLM loss (nats per masked token)"):
+    """Draws a loss of training and validation over steps and over time; returns whether there was anything to draw."""
+    names = {loss: "training", f"eval_{loss}": "validation"}
     drawn = {name: label for name, label in names.items() if curve(history, name, "step")[0]}
     if not drawn:
         return False
     longest = max(record["seconds"] for record in history if "seconds" in record)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     figure, (over_steps, over_time) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for name, label in drawn.items():
+    for name, split in drawn.items():
         marker = "o" if name.startswith("eval") else None
-        over_steps.plot(*curve(history, name, "step"), label=label, marker=marker, markersize=3)
+        over_steps.plot(*curve(history, name, "step"), label=split, marker=marker, markersize=3)
         times, values = curve(history, name, "seconds")
-        over_time.plot([time / seconds for time in times], values, label=label, marker=marker, markersize=3)
-    over_steps.set(xlabel="steps", ylabel="MLM loss (nats per masked token)")
+        over_time.plot([time / seconds for time in times], values, label=split, marker=marker, markersize=3)
+    over_steps.set(xlabel="steps", ylabel=label)
     over_time.set(xlabel=f"time ({unit})")
     for axes in (over_steps, over_time):
         axes.grid(alpha=0.3)
@@ -153,7 +153,7 @@ def plot_curves(history, file):
 def training_summary(history):
     """Steps, time and throughput of the whole run, from the Trainer's log."""
     last = {name: value for record in history for name, value in record.items()}
-    names = ("step", "epoch", "seconds", "mlm_loss", "num_input_tokens_seen", "train_tokens_per_second")
+    names = ("step", "epoch", "seconds", "mlm_loss", "loss", "num_input_tokens_seen", "train_tokens_per_second")
     return {name: last[name] for name in names if name in last}
 
 
@@ -162,13 +162,14 @@ def table(values):
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def write_report(output_dir, run, state, metrics):
-    """Writes metrics.json, training_curves.png and the model card README.md; without training, evaluation.json alone.
+def write_report(output_dir, run, state, metrics, card=MODEL_CARD, **texts):
+    """Writes metrics.json and the model card README.md; without training, evaluation.json alone.
 
     Args:
-        run: a `Pretraining`.
+        run: a `TrainingRun`.
         state: the `TrainerState` at the end.
         metrics: the final evaluation's.
+        card: the model card, with places for `texts`, name, data, recipe and metrics.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,6 @@ def write_report(output_dir, run, state, metrics):
     (folder / name).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     if not run.training_args.do_train:
         return
-    plot_curves(state.log_history, folder / "training_curves.png")
     data = run.data_args
     # the card may be published: it names files without their folders, and no cache
     source = data.dataset_name or data.corpus or ", ".join(Path(file).name for file in data.train_file)
@@ -190,14 +190,12 @@ def write_report(output_dir, run, state, metrics):
     settings = {name: getattr(run.training_args, name) for name in RECIPE_FIELDS}
     settings["lr_scheduler_type"] = str(SchedulerType(settings["lr_scheduler_type"]).value)
     config = {name: getattr(run.model.config, name) for name in CONFIG_FIELDS}
-    text = MODEL_CARD.format(
+    text = card.format(
         name=folder.resolve().name,
-        folder=folder.resolve().name,
-        objective=OBJECTIVES[data.objective],
-        sentence=run.model_args.masked_sentence or "Paris is the [MASK] of France.",
         data=table({"source": source, **summaries}),
         recipe=table({"steps": state.global_step, "max_seq_length": data.max_seq_length, **settings, **config}),
         metrics=table({name: f"{value:.4g}" for name, value in {**report["train"], **metrics}.items()}),
+        **texts,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -39,7 +39,8 @@ from corpora import load_corpus
 from environment import environment
 from lambda_variants import apply_variant, running_variant
 from pretraining_data import count_tokens, prepare_examples
-from run_language_modeling import Pretraining, parse_arguments, set_up_logging, start_at_frequencies
+from run_language_modeling import Pretraining, parse_arguments, start_at_frequencies
+from training_run import set_up_logging
 
 LAMBDA_FIELDS = ("num_lambda_queries", "key_depth", "intra_depth", "local_context_size", "lambda_norm")
 DATA_SEED = 42  # of pairs and of evaluation masks

@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, each 
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 MODEL_CLASS_NAMES = [
     "LambdaBertModel",
@@ -116,3 +117,37 @@ def text(tmp_path_factory):
     sentences = Path(train).read_text().split("\n")
     importlib.import_module("pretraining_data").train_wordpiece(sentences, 200).save_pretrained(folder / "tokenizer")
     return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(text, tmp_path_factory):
+    """Folders of tiny BERTs with the text's tokenizer, by kind."""
+    training_support = importlib.import_module("training_support")
+    folder = tmp_path_factory.mktemp("teachers")
+    tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    tokenizer.model_max_length = 40
+    labels = {0: "red", 1: "green", 2: "blue"}
+    for kind, bert_class in training_support.BERTS.items():
+        bert = training_support.tiny_bert(
+            bert_class, vocab_size=len(tokenizer), id2label=labels, hidden_dropout_prob=0.2
+        )
+        bert.save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentence_teacher(teachers):
+    """The folder of a tiny sentence-transformers model with everything that a conversion is to keep."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    transformer = modules.Transformer(str(teachers / "plain"), max_seq_length=24)
+    model = sentence_transformers.SentenceTransformer(
+        modules=[transformer, modules.Pooling(24, "cls"), modules.Normalize()],
+        prompts={"query": "the fox: "},
+        default_prompt_name="query",
+        similarity_fn_name="dot",
+        device="cpu",
+    )
+    model.save(str(teachers / "sentences"))
+    return teachers / "sentences"

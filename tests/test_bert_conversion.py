@@ -6,14 +6,11 @@ import logging
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from bert_conversion import POSITION_TABLE, bare, extend_positions
-from modeling_lambdabert import (
-    LambdaBertForMaskedLM,
-    LambdaBertForSequenceClassification,
-    LambdaBertModel,
-)
+from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForSequenceClassification, LambdaBertModel
+from training_support import tiny_bert
 
 SETTINGS = {"key_depth": 3, "intra_depth": 2, "local_context_size": 5}
 REPLACED = (".attention.self.", ".attention.output.dense.")
@@ -21,17 +18,6 @@ REPLACED = (".attention.self.", ".attention.output.dense.")
 
 def own_bert_class(model_class):
     return next(base for base in model_class.__mro__ if base.__module__ == BertModel.__module__)
-
-
-def tiny_bert(bert_class=BertModel, seed=0, **fields):
-    """A BERT whose every weight differs from any initialisation."""
-    shape = dict(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28)
-    torch.manual_seed(seed)
-    bert = bert_class(BertConfig(**{**shape, "max_position_embeddings": 40, **fields})).eval()
-    with torch.no_grad():
-        for parameter in bert.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3 + 0.1)
-    return bert
 
 
 def is_replaced(name):

@@ -21,7 +21,7 @@ from training_report import plot_curves, unigram_baseline
 from training_support import RECIPE, finish, start_command, write_recipe
 
 ROOT = Path(run_language_modeling.__file__).parent
-RECIPES = sorted((ROOT / "configs").glob("*.json"))
+RECIPES = sorted(file for file in (ROOT / "configs").glob("*.json") if "teacher" not in json.loads(file.read_text()))
 
 
 def sources(text, **values):

@@ -1,4 +1,4 @@
-"""What the tests of the pretraining command share: a small text, a small recipe, and runs in processes of their own."""
+"""What the tests of training share: a small text, a small recipe, a tiny BERT, and runs in processes of their own."""
 
 import json
 import logging
@@ -9,6 +9,13 @@ import sys
 import traceback
 
 import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 import run_language_modeling
 
@@ -17,6 +24,12 @@ WORDS = {
     "verb": ["sees", "follows", "paints", "forgets", "carries", "sells"],
     "object": ["a red boat", "the tall tower", "some bread", "the river", "an open door", "two stones"],
     "place": ["near the sea", "in the garden", "at night", "behind the house", "on Sunday", "for a friend"],
+}
+BERTS = {
+    "plain": BertModel,
+    "mlm": BertForMaskedLM,
+    "classifier": BertForSequenceClassification,
+    "tagger": BertForTokenClassification,
 }
 RECIPE = {
     "do_train": True,
@@ -62,7 +75,18 @@ def write_recipe(file, **values):
     return str(file)
 
 
-def start_command(argv, log, **environment):
+def tiny_bert(bert_class=BertModel, seed=0, **fields):
+    """A BERT whose every weight differs from any initialisation."""
+    shape = dict(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28)
+    torch.manual_seed(seed)
+    bert = bert_class(BertConfig(**{**shape, "max_position_embeddings": 40, **fields})).eval()
+    with torch.no_grad():
+        for parameter in bert.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3 + 0.1)
+    return bert
+
+
+def start_command(argv, log, command=run_language_modeling.main, **environment):
     """Starts the command in a forked process that appends what it prints to `log`; returns the process's id."""
     process = os.fork()
     if process:
@@ -76,7 +100,7 @@ def start_command(argv, log, **environment):
         os.environ.update(environment)
         logging.getLogger().handlers.clear()
         torch.set_num_threads(1)
-        status = run_language_modeling.main(argv)
+        status = command(argv)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,0 +1,313 @@
+"""The losses of distillation against their definitions, and the Trainer that adds them up."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertTokenizer,
+)
+
+from distill_from_bert import DistillationDataArguments
+from distillation import (
+    ITEM_OF_LOSS,
+    DistillationTrainer,
+    LossWeights,
+    SimilarLengths,
+    Teacher,
+    count_items,
+    divergence,
+    loss_sums,
+)
+from modeling_lambdabert import (
+    LambdaBertForMaskedLM,
+    LambdaBertForPreTrainingNSP,
+    LambdaBertForSequenceClassification,
+    LambdaBertForTokenClassification,
+    LambdaBertModel,
+)
+from pretraining_data import masking_collator
+from training_run import RunArguments
+from training_support import tiny_bert
+
+SETTINGS = {"key_depth": 3, "intra_depth": 2, "local_context_size": 5}
+CLASSES = {
+    BertModel: LambdaBertModel,
+    BertForMaskedLM: LambdaBertForMaskedLM,
+    BertForPreTraining: LambdaBertForPreTrainingNSP,
+    BertForSequenceClassification: LambdaBertForSequenceClassification,
+    BertForTokenClassification: LambdaBertForTokenClassification,
+}
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))]
+LENGTHS = [9, 3, 14, 6, 11, 4, 8, 12]
+
+
+class MeanPooling(torch.nn.Module):
+    def forward(self, features):
+        mask = features["attention_mask"][..., None].to(features["token_embeddings"])
+        mean = (features["token_embeddings"] * mask).sum(1) / mask.sum(1)
+        return {**features, "sentence_embedding": mean}
+
+
+@pytest.fixture(params=CLASSES, ids=lambda bert_class: bert_class.__name__)
+def pair(request):
+    """A teacher and its student, with every loss that the teacher offers at a weight of its own."""
+    bert = tiny_bert(request.param)
+    torch.manual_seed(1)
+    student = CLASSES[request.param].from_bert(bert, **SETTINGS)
+    teacher = Teacher(bert, (MeanPooling(),) if request.param is BertModel else ())
+    weights = {name: 0.5 + i for i, name in enumerate(teacher.offers)}
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return teacher, student, LossWeights(**weights)
+
+
+@pytest.fixture
+def tokenizer():
+    return BertTokenizer(vocab={token: i for i, token in enumerate(TOKENS)}, model_max_length=40)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    def make(teacher, student, weights, **arguments):
+        generator = torch.Generator().manual_seed(0)
+        examples = Dataset.from_dict(
+            {
+                "input_ids": [
+                    [2, *torch.randint(5, 60, (length - 2,), generator=generator).tolist(), 3] for length in LENGTHS
+                ]
+            }
+        )
+        collators = []
+        for _ in range(2):
+            collators.append(masking_collator(tokenizer, DistillationDataArguments(mlm_probability=0.4), seed=0))
+            collators[-1].mlm = "masked_tokens" in weights.used
+        arguments = {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 0.0, **arguments}
+        return DistillationTrainer(
+            model=student,
+            args=RunArguments(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                disable_tqdm=True,
+                save_strategy="no",
+                label_names=["labels"],
+                **arguments,
+            ),
+            train_dataset=examples,
+            eval_dataset=examples,
+            processing_class=tokenizer,
+            data_collator=collators[0],
+            eval_collator=collators[1],
+            teacher=teacher,
+            weights=weights,
+        )
+
+    return make
+
+
+def gradients(trainer, batches):
+    """The gradients of one step over the batches."""
+    items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = len(batches)
+    trainer.model.zero_grad()
+    loss = sum(trainer.training_step(trainer.model, dict(batch), items) for batch in batches)
+    return loss, {
+        name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None
+    }
+
+
+def test_offers(pair):
+    teacher, _, _ = pair
+    special = {
+        BertModel: "sentences",
+        BertForMaskedLM: "masked_tokens",
+        BertForPreTraining: "masked_tokens",
+        BertForSequenceClassification: "classes",
+        BertForTokenClassification: "classes",
+    }
+    assert teacher.offers == ("layers", "last_layer", special[type(teacher.model)])
+    assert teacher.default_weights.used == {"layers": 1, special[type(teacher.model)]: 1}
+    assert set(ITEM_OF_LOSS) == set(LossWeights.__dataclass_fields__)
+
+
+class TestDivergence:
+    def test_definition(self):
+        logits, target = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+        p, q = target.softmax(-1), logits.softmax(-1)
+        torch.testing.assert_close(
+            divergence(logits, target).double(), (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6
+        )
+
+    def test_zero_for_the_same(self):
+        logits = torch.randn(3, 4)
+        for problem_type in (None, "single_label_classification", "multi_label_classification", "regression"):
+            torch.testing.assert_close(divergence(logits, logits, problem_type), torch.zeros(3), rtol=0, atol=1e-6)
+
+    def test_labels_of_their_own(self):
+        logits, target = torch.tensor([[0.3, -2.0]]), torch.tensor([[1.0, 0.5]])
+        expected = 0.0
+        for x, y in zip(logits[0].tolist(), target[0].tolist(), strict=True):
+            p, q = 1 / (1 + math.exp(-y)), 1 / (1 + math.exp(-x))
+            expected += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        assert divergence(logits, target, "multi_label_classification").item() == pytest.approx(expected, rel=1e-5)
+
+    def test_regression(self):
+        assert divergence(torch.tensor([[1.0]]), torch.tensor([[3.0]]), "regression").item() == 4
+
+
+def test_losses_against_a_plain_loop(pair, make_trainer):
+    teacher, student, weights = pair
+    trainer = make_trainer(teacher, student, weights)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    metrics = trainer.evaluate()
+    layers, last, special, tokens, masked = 0.0, 0.0, 0.0, 0, 0
+    for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+        with torch.no_grad():
+            own, given = (m(ids[mask][None], output_hidden_states=True) for m in (student.eval(), teacher.model))
+        pairs = list(zip(own.hidden_states[1:], given.hidden_states[1:], strict=True))
+        errors = []
+        for layer, (x, y) in zip(teacher.model.base_model.encoder.layer, pairs, strict=True):
+            errors.append(((x - y) ** 2).mean(-1).sum() / (layer.output.LayerNorm.weight**2).mean())
+        layers += sum(errors) / len(errors)
+        last += errors[-1]
+        tokens += int(mask.sum())
+        places = labels[mask] != -100
+        masked += int(places.sum())
+        if "sentences" in weights.used:
+            special += 1 - torch.cosine_similarity(*(states[0].mean(0) for states in pairs[-1]), dim=0)
+        elif "masked_tokens" in weights.used:
+            logits = [o.get("logits", o.get("prediction_logits"))[0, places] for o in (own, given)]
+            special += divergence(*logits).sum()
+        else:
+            special += divergence(own.logits, given.logits).mean()
+    count = masked if "masked_tokens" in weights.used else len(LENGTHS)
+    expected = {"layers": layers / tokens, "last_layer": last / tokens, list(weights.used)[-1]: special / count}
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(float(value), rel=1e-4), name
+    total = sum(weight * float(expected[name]) for name, weight in weights.used.items())
+    assert metrics["eval_loss"] == pytest.approx(total, rel=1e-4)
+    assert metrics["eval_tokens"] == tokens and metrics["eval_examples"] == len(LENGTHS)
+
+
+def test_the_teacher_itself_has_no_loss(pair):
+    teacher, _, weights = pair
+    ids = torch.randint(5, 60, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad():
+        outputs = teacher.model(ids, output_hidden_states=True)
+        if "masked_tokens" in weights.used:
+            outputs["logits"] = outputs["logits"] if "logits" in outputs else outputs["prediction_logits"]
+    for name, sums in loss_sums(teacher, outputs, outputs, inputs, weights.used).items():
+        torch.testing.assert_close(sums, torch.zeros(2), rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("before, after", [(0, 6), (4, 3)])
+def test_padding_changes_no_loss(pair, make_trainer, before, after):
+    """Of any amount, anywhere; the positions stay those of the tokens."""
+    teacher, student, weights = pair
+    if before and isinstance(teacher.model, BertForSequenceClassification):
+        pytest.skip("BERT's pooler takes the first place of a row, padding or not")
+    trainer = make_trainer(teacher, student.eval(), weights)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(5, 60, (3, 9), generator=generator)
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, ids, -100)
+
+    def losses(before, after):
+        def pad(values, filler):
+            return torch.nn.functional.pad(values, (before, after), value=filler)
+
+        inputs = {
+            "input_ids": pad(ids, 0),
+            "attention_mask": pad(torch.ones_like(ids), 0),
+            "position_ids": pad(torch.arange(9).expand(3, -1), 0),
+            "labels": pad(labels, -100),
+        }
+        with torch.no_grad():
+            return trainer.examples_losses(student, inputs), count_items(inputs)
+
+    (plain, items), (padded, padded_items) = losses(0, 0), losses(before, after)
+    assert (plain.sum(0) > 0).all()
+    torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5)
+    assert torch.equal(items, padded_items)
+
+
+class TestGradientAccumulation:
+    def test_eight_by_one_equals_two_by_four(self, pair, make_trainer):
+        trainer = make_trainer(*pair)
+        examples = [trainer.train_dataset[i] for i in range(8)]
+        trainer.data_collator.set_epoch(0)
+        results = {}
+        for size in (8, 4, 1):
+            batches = [trainer.data_collator(examples[i : i + size]) for i in range(0, 8, size)]
+            results[size] = gradients(trainer, batches)
+        for size in (4, 1):
+            torch.testing.assert_close(results[size][0], results[8][0], rtol=1e-4, atol=1e-6)
+            assert results[size][1].keys() == results[8][1].keys()
+            for name, gradient in results[8][1].items():
+                torch.testing.assert_close(results[size][1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+    def test_the_teacher_gets_no_gradients(self, pair, make_trainer):
+        trainer = make_trainer(*pair)
+        before = {name: weight.clone() for name, weight in pair[0].model.state_dict().items()}
+        gradients(trainer, [trainer.data_collator([trainer.train_dataset[i] for i in range(4)])])
+        assert all(weight.grad is None for weight in pair[0].model.parameters())
+        assert all(torch.equal(weight, before[name]) for name, weight in pair[0].model.state_dict().items())
+        assert not pair[0].model.training
+
+
+def test_logs_hold_the_mean_of_each_loss(pair, make_trainer):
+    trainer = make_trainer(*pair, logging_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    trainer.train()
+    logged = next(record for record in trainer.state.log_history if "layers" in record)
+    total = sum(weight * logged[name] for name, weight in pair[2].used.items())
+    assert logged["loss"] == pytest.approx(total, rel=1e-3)
+
+
+class TestSimilarLengths:
+    def test_every_example_once_in_batches_of_similar_length(self):
+        lengths = torch.randint(3, 100, (1003,), generator=torch.Generator().manual_seed(0))
+        sampler = SimilarLengths(lengths, 8, seed=4)
+        order = list(sampler)
+        assert sorted(order) == list(range(1003)) and len(sampler) == 1003
+        batches = lengths[torch.tensor(order[:1000])].view(-1, 8)
+        spread = (batches.amax(1) - batches.amin(1)).float().mean()
+        assert spread < 0.1 * (lengths.max() - lengths.min())
+        longest = batches.amax(1).float()
+        halves = longest[: len(longest) // 2].mean(), longest[len(longest) // 2 :].mean()
+        assert abs(halves[0] - halves[1]) < 15, "batches of all lengths come all the time"
+
+    def test_seed_and_epoch_decide_the_order(self):
+        lengths = torch.arange(64) % 9
+        orders = []
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
+            sampler = SimilarLengths(lengths, 4, seed)
+            sampler.set_epoch(epoch)
+            orders.append(list(sampler))
+        assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3]
+
+
+def test_learns(make_trainer):
+    """A student comes much nearer to its teacher than it starts."""
+    bert = tiny_bert()
+    torch.manual_seed(1)
+    student = LambdaBertModel.from_bert(bert, **SETTINGS)
+    trainer = make_trainer(
+        Teacher(bert, (MeanPooling(),)),
+        student,
+        LossWeights(layers=1, sentences=1),
+        max_steps=150,
+        learning_rate=1e-2,
+        logging_steps=1000,
+    )
+    start = trainer.evaluate()
+    trainer.train()
+    end = trainer.evaluate()
+    for loss in ("eval_layers", "eval_sentences"):
+        assert end[loss] < start[loss] / 3, (loss, start[loss], end[loss])
