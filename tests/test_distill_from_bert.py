@@ -238,8 +238,7 @@ def test_recipe_is_complete(text, sentence_teacher, tmp_path):
     )
     assert teacher_args.teacher.endswith("all-MiniLM-L6-v2") and training_args.do_train
     assert data_args.examples in (None, *EXAMPLES)
-    for name in ("teacher", "output_dir", "dataset_name", "dataset_config_name"):
-        values.pop(name)
+    del values["teacher"], values["output_dir"]
     values["config_overrides"]["num_lambda_queries"] = 4
     small = dict(per_device_train_batch_size=4, max_seq_length=32, dry_run=True, gradient_accumulation_steps=1)
     _, printed = distilled(tmp_path, text, sentence_teacher, **values | small)

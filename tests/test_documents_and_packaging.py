@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
+import distill_from_bert
 import modeling_lambdabert
+import training_run
 from run_language_modeling import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,18 @@ def test_readme_commands_parse(tmp_path, monkeypatch):
         _, data_arguments, training_arguments = parse_arguments(shlex.split(command.rstrip("`.")))
         assert training_arguments.eval_strategy == "steps" and training_arguments.eval_steps == 100
         assert data_arguments.objective == "sop"
+
+
+def test_commands_of_conversion_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = README + (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    commands = re.findall(r"python distill_from_bert\.py +(.+)", re.sub(r"\\\n", " ", text))
+    assert len(commands) >= 3
+    for command in commands:
+        teacher_arguments, _, training_arguments = training_run.parse_arguments(
+            shlex.split(command.partition("`")[0]), distill_from_bert.ARGUMENT_GROUPS
+        )
+        assert teacher_arguments.teacher.endswith("all-MiniLM-L6-v2") and training_arguments.do_train
 
 
 def test_readme_names_every_model_class_and_existing_paths():
@@ -85,7 +99,7 @@ def test_installed_package_is_importable_from_anywhere(tmp_path):
     subprocess.run([*pip, "--target", site, source], check=True, cwd=tmp_path)
     program = (
         "import configuration_lambdabert, corpora, lambda_layer, modeling_lambdabert, pretraining_data\n"
-        "import run_language_modeling\n"
+        "import distill_from_bert, run_language_modeling\n"
         "print(modeling_lambdabert.__file__, run_language_modeling.__file__)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
