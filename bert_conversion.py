@@ -23,7 +23,9 @@ NOT_CARRIED = (
     "transformers_version",
 )
 FIXED_BY_WEIGHTS = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "type_vocab_size")
-COMPUTED = (".attention.self.to_values.weight", ".attention.output.dense.weight", ".attention.output.dense.bias")
+OUTPUT = (".attention.output.dense.weight", ".attention.output.dense.bias")
+COMPUTED = (".attention.self.to_values.weight", *OUTPUT)
+COMPUTED_FROM = (".attention.self.value.weight", ".attention.self.value.bias", *OUTPUT)
 POSITION_TABLE = "embeddings.position_embeddings.weight"
 
 
@@ -35,7 +37,8 @@ class ConversionReport:
         copied: weights that equal the BERT's, the position table's own rows included.
         computed: weights that start from the attention's value and output projections.
         fresh: weights that start at random, because BERT has none of the kind or this one lacks them.
-        left_out: weights of the BERT that the model has no place for.
+        left_out: weights of the BERT of which nothing is left: attention's queries and keys, and heads that the model
+            does not have.
     """
 
     copied: tuple[str, ...]
@@ -49,14 +52,15 @@ class ConversionReport:
         return tuple(name for name in self.fresh if ".attention.self." not in name)
 
     def __str__(self):
+        heads_left_out = [name for name in self.left_out if ".attention.self." not in name]
         lines = [
             f"copied {len(self.copied)} weights: embeddings, feed-forward layers, norms and what heads both have",
-            f"computed {len(self.computed)} from the attention's value and output projections",
-            f"fresh {len(self.fresh)}, to be trained: the rest of the lambda layers"
-            + (f", and {', '.join(self.fresh_heads)}" if self.fresh_heads else ""),
-            f"left out {len(self.left_out)}: "
-            + ", ".join(sorted({name.partition(".layer.")[0] for name in self.left_out}) or ["nothing"]),
+            f"computed {len(self.computed)} from attention's values and output: those of the lambda layers",
+            f"fresh {len(self.fresh)}, to be trained: the rest of the lambda layers",
+            f"left out {len(self.left_out)}: attention's queries and keys",
         ]
+        for line, heads in ((2, self.fresh_heads), (3, heads_left_out)):
+            lines[line] += f"; {', '.join(heads)}" if heads else ""
         return "\n".join(lines)
 
 
@@ -219,5 +223,7 @@ def convert_weights(bert: PreTrainedModel, model: PreTrainedModel, missing: set[
         copied=tuple(copied),
         computed=tuple(computed),
         fresh=tuple(fresh),
-        left_out=tuple(name for name, _ in given.values() if name not in copied.values()),
+        left_out=tuple(
+            name for name, _ in given.values() if name not in copied.values() and not name.endswith(COMPUTED_FROM)
+        ),
     )
