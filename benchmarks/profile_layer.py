@@ -19,8 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lambda_layer
 from bench_speed import LOCAL_SCOPE, lambda_model, random_tokens
+
+import lambda_layer
 from environment import environment
 
 FUNCTIONS = {
