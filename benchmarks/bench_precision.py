@@ -53,7 +53,7 @@ def main():
     options = parser.parse_args()
 
     tokenizer = load_tokenizer(options.model)
-    models = precisions(LambdaBertForMaskedLM.from_pretrained(options.model).eval())
+    models = precisions(LambdaBertForMaskedLM.from_pretrained(options.model, dtype=torch.float32).eval())
     arguments = DataArguments(validation_file=[options.text], objective="mlm")
     rows = load_corpus(arguments, train=False)["validation"]
     examples, _ = prepare_examples(rows, tokenizer, arguments, seed=SEED, training=False)
