@@ -129,7 +129,7 @@ def curve(history, name, axis):
 def plot_curves(history, file, loss="mlm_loss", label="MLM loss (nats per masked token)"):
     """Draws a loss of training and validation over steps and over time; returns whether there was anything to draw."""
     names = {loss: "training", f"eval_{loss}": "validation"}
-    drawn = {name: label for name, label in names.items() if curve(history, name, "step")[0]}
+    drawn = {name: split for name, split in names.items() if curve(history, name, "step")[0]}
     if not drawn:
         return False
     longest = max(record["seconds"] for record in history if "seconds" in record)

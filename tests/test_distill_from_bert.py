@@ -22,7 +22,7 @@ import distill_from_bert
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
 from training_run import parse_arguments
-from training_support import BERTS, finish, start_command, tiny_bert
+from training_support import BERTS, SCHEDULE, finish, start_command, tiny_bert
 
 ROOT = Path(distill_from_bert.__file__).parent
 RECIPE = {
@@ -30,15 +30,8 @@ RECIPE = {
     "do_eval": True,
     "config_overrides": {"key_depth": 8, "intra_depth": 2, "local_context_size": 5},
     "max_seq_length": 32,
-    "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "learning_rate": 5e-3,
-    "max_steps": 12,
-    "save_steps": 4,
-    "logging_steps": 3,
-    "eval_steps": 6,
-    "disable_tqdm": True,
-    "use_cpu": True,
+    **SCHEDULE,
 }
 
 

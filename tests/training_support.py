@@ -31,6 +31,16 @@ BERTS = {
     "classifier": BertForSequenceClassification,
     "tagger": BertForTokenClassification,
 }
+SCHEDULE = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "max_steps": 12,
+    "save_steps": 4,
+    "logging_steps": 3,
+    "eval_steps": 6,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 RECIPE = {
     "do_train": True,
     "do_eval": True,
@@ -44,14 +54,7 @@ RECIPE = {
         "local_context_size": 5,
         "max_position_embeddings": 32,
     },
-    "per_device_train_batch_size": 4,
-    "learning_rate": 5e-3,
-    "max_steps": 12,
-    "save_steps": 4,
-    "logging_steps": 3,
-    "eval_steps": 6,
-    "disable_tqdm": True,
-    "use_cpu": True,
+    **SCHEDULE,
 }
 
 
