@@ -17,12 +17,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BertConfig, BertModel, set_seed
+from transformers import BertConfig, BertModel, SchedulerType, set_seed
 from transformers.utils import cached_file
 
 import modeling_lambdabert
 from bert_conversion import check_bert
-from distillation import DistillationTrainer, LossWeights, Teacher
+from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
 from pretraining_data import TextArguments, check_tokenizer, masking_collator
 from training_report import plot_curves, write_report
 from training_run import RunArguments, TrainingRun, load_tokenizer, parse_overrides, run_command, run_settings
@@ -41,6 +41,7 @@ TASKS = {
     "LambdaBertForTokenClassification": "token-classification",
 }
 EXAMPLES = ("sentences", "stretches")
+UNPLANNED_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 LARGEST_VOCABULARY_PADDING = 128  # tables are rounded up, to a multiple of this at most
 
 MODEL_CARD = """\
@@ -180,6 +181,14 @@ class DistillationArguments(RunArguments):
 
     learning_rate: float = field(default=5e-4, metadata={"help": "The peak learning rate."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decay of all weights but biases and norms."})
+    attention_steps: float = field(
+        default=0.5,
+        metadata={
+            "help": "Steps of a first stage in which every lambda layer learns by itself what attention gives for the "
+            "teacher's hidden states; below 1: a share of all; 0: no such stage."
+        },
+    )
+    attention_learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate of that stage."})
     ddp_find_unused_parameters: bool | None = field(
         default=True, metadata={"help": "Whether a parameter may stay unused; no loss reaches every head."}
     )
@@ -268,8 +277,23 @@ class Distillation(TrainingRun):
     label_names = ["labels"]
 
     def check_options(self):
-        if not (self.training_args.do_train or self.training_args.dry_run):
+        args = self.training_args
+        if not (args.do_train or args.dry_run):
             raise ValueError("do_eval evaluates what was trained: give --do_train with it.")
+        if args.attention_steps < 0:
+            raise ValueError(f"attention_steps={args.attention_steps:g} must be 0 or more.")
+        if 0 < args.max_steps < args.attention_steps:
+            raise ValueError(
+                f"attention_steps={args.attention_steps:g} exceeds max_steps={args.max_steps}, which counts both "
+                "stages: lower the one or raise the other."
+            )
+        if args.attention_steps and args.lr_scheduler_type in UNPLANNED_SCHEDULES:
+            raise ValueError(
+                f"lr_scheduler_type={args.lr_scheduler_type.value} depends on the course of training and cannot be "
+                "planned for two stages: use another, such as linear, or --attention_steps 0."
+            )
+        if args.attention_steps and args.learning_rate <= 0:
+            raise ValueError(f"learning_rate={args.learning_rate:g} must be above 0.")
 
     def hub_names(self):
         return (self.model_args.teacher,)
@@ -349,7 +373,13 @@ class Distillation(TrainingRun):
         return collator
 
     def trainer(self):
-        return super().trainer(teacher=self.teacher, weights=self.weights)
+        args = self.training_args
+        return super().trainer(
+            teacher=self.teacher,
+            weights=self.weights,
+            attention_steps=args.attention_steps,
+            attention_learning_rate=args.attention_learning_rate,
+        )
 
     def save(self, trainer):
         trainer.save_model()
@@ -369,9 +399,14 @@ class Distillation(TrainingRun):
             library="transformers" if self.sentence_transformer is None else "sentence-transformers",
             teacher=teacher.resolve().name if teacher.exists() else self.model_args.teacher,
             use=self.example_of_use(folder.resolve().name),
-            losses=", ".join(f"{name} x {weight:g}" for name, weight in self.weights.used.items()),
+            losses=self.describe_losses(state.max_steps),
         )
         plot_curves(state.log_history, folder / "training_curves.png", "loss", "weighted sum of the losses")
+
+    def describe_losses(self, steps):
+        first = steps_of_first_stage(self.training_args.attention_steps, steps)
+        losses = ", ".join(f"{name} x {weight:g}" for name, weight in self.weights.used.items())
+        return f"attention for {first} steps, then {losses}" if first else losses
 
     def example_of_use(self, name):
         if self.sentence_transformer is not None:

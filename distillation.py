@@ -9,15 +9,23 @@ that neither padding nor gradient accumulation changes it:
     masked_tokens    the MLM head's distribution at masked tokens: KL divergence, teacher first (nats)
     classes          the classifier's: KL divergence (nats); of a regression, the squared error
 
+Training may begin with a stage in which every lambda layer learns by itself, given the teacher's hidden states:
+
+    attention        what each attention block gives: squared error over the variance that the teacher's norm gives it
+
+An attention block is attention or a lambda layer, its output projection, the residual and the norm.
+
 Shapes: B examples, N tokens, D hidden_size.
 """
 
+import math
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import (
     BertForMaskedLM,
@@ -25,6 +33,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     PreTrainedModel,
+    get_scheduler,
 )
 from transformers.trainer_utils import EvalPrediction
 
@@ -38,6 +47,7 @@ ITEM_OF_LOSS = {
     "sentences": "examples",
     "masked_tokens": "masked tokens",
     "classes": "examples",
+    "attention": "tokens",
 }
 BATCHES_SORTED_TOGETHER = 50
 
@@ -86,10 +96,9 @@ class Teacher:
             offered.append("classes")
         return tuple(offered)
 
-    @cached_property
-    def variances(self) -> list[float]:
-        """Each layer's variance over D: its norm scales states of unit variance."""
-        return [layer.output.LayerNorm.weight.square().mean().item() for layer in self.model.base_model.encoder.layer]
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.base_model.encoder.layer
 
     def sentence_vectors(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Sentence vectors of last hidden states [B, N, D], the teacher's own or others."""
@@ -123,11 +132,24 @@ def problem_type(config) -> str | None:
     return "regression" if config.problem_type is None and config.num_labels == 1 else config.problem_type
 
 
+def squared_errors(own: torch.Tensor, given: torch.Tensor, tokens: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """Each example's squared error over the variance that a norm gives, summed over its tokens: [B].
+
+    Args:
+        own: states of the student, [B, N, D].
+        given: the teacher's.
+        tokens: bool [B, N], True = token.
+        norm: the teacher's norm that gave them; it scales states of unit variance.
+    """
+    squares = (own.float() - given.float()).square().mean(-1)
+    return squares.masked_fill(~tokens, 0).sum(1) / norm.weight.square().mean()
+
+
 def loss_sums(teacher: Teacher, outputs, targets, inputs: dict[str, torch.Tensor], names) -> dict[str, torch.Tensor]:
     """Each example's part of the losses `names`, summed over its tokens where a loss is one of tokens: [B] each.
 
     Args:
-        teacher: pools, and knows its variances and kind of labels.
+        teacher: pools, and knows its norms and kind of labels.
         outputs: the student's, with hidden states.
         targets: the teacher's.
         inputs: the batch; `labels` are not -100 where tokens are masked.
@@ -138,9 +160,7 @@ def loss_sums(teacher: Teacher, outputs, targets, inputs: dict[str, torch.Tensor
 
     def error(layer: int) -> torch.Tensor:
         if layer not in errors:
-            own, given = pairs[layer]
-            squares = (own.float() - given.float()).square().mean(-1)
-            errors[layer] = squares.masked_fill(~tokens, 0).sum(1) / teacher.variances[layer]
+            errors[layer] = squared_errors(*pairs[layer], tokens, teacher.layers[layer].output.LayerNorm)
         return errors[layer]
 
     sums = {}
@@ -163,10 +183,51 @@ def loss_sums(teacher: Teacher, outputs, targets, inputs: dict[str, torch.Tensor
     return sums
 
 
+@contextmanager
+def attention_outputs(bert: PreTrainedModel):
+    """Collects what the attention block of each layer gives, [B, N, D] each, while a BERT runs."""
+    outputs = []
+
+    def collect(block, inputs, output):
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.attention.register_forward_hook(collect) for layer in bert.base_model.encoder.layer]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def attention_alone(model: PreTrainedModel):
+    """Makes each layer of a LambdaBERT give what its attention block gives for inputs of its own.
+
+    The model then runs as usual, under whatever wraps it, and its hidden states are those of the blocks.
+
+    Yields:
+        A list, for the inputs of the layers: [B, N, D] each.
+    """
+    given = []
+    layers = model.base_model.encoder.layer
+    for i, layer in enumerate(layers):
+        layer.forward = lambda states, mask=None, packing=None, i=i: layers[i].attention(given[i], mask, packing)
+    try:
+        yield given
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 def count_items(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """`ITEMS` of each example, [B, 3]."""
     tokens = inputs["attention_mask"].sum(1)
     return torch.stack([tokens, torch.ones_like(tokens), (inputs["labels"] != IGNORED_LABEL).sum(1)], dim=1)
+
+
+def steps_of_first_stage(attention_steps: float, steps: int) -> int:
+    """How many of all steps belong to it, by a number or, below 1, by a share."""
+    return min(steps, math.ceil(steps * attention_steps) if attention_steps < 1 else int(attention_steps))
 
 
 class SimilarLengths(Sampler):
@@ -207,16 +268,27 @@ class DistillationTrainer(InterruptibleTrainer):
     Args:
         teacher: the teacher.
         weights: the losses.
+        attention_steps: steps of the first stage; below 1, its share of all steps.
+        attention_learning_rate: its peak learning rate; warm-up and decay are those of the second stage.
     """
 
-    def __init__(self, *args, teacher: Teacher, weights: LossWeights, **kwargs):
+    def __init__(
+        self,
+        *args,
+        teacher: Teacher,
+        weights: LossWeights,
+        attention_steps: float = 0,
+        attention_learning_rate: float = 0.0,
+        **kwargs,
+    ):
         super().__init__(*args, compute_metrics=self.mean_losses, **kwargs)
         self.teacher = teacher.to(self.args.device)
         self.weights = weights.used
+        self.attention_steps = attention_steps
+        self.attention_learning_rate = attention_learning_rate
         self.loss_is_scaled_for_ga = True  # by the items of the whole step
-        # summed losses and numbers of items since the last log
-        self.loss_sums = torch.zeros(len(self.weights), device=self.args.device)
-        self.item_sums = torch.zeros(len(ITEMS), device=self.args.device)
+        # of each loss, its sum and the number of its items since the last log
+        self.totals: dict[str, torch.Tensor] = {}
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -225,6 +297,29 @@ class DistillationTrainer(InterruptibleTrainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return SimilarLengths(torch.tensor(lengths), self.args.train_batch_size, seed)
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Two schedules one after the other, each with warm-up and decay, if there are two stages."""
+        first = steps_of_first_stage(self.attention_steps, num_training_steps)
+        if first == 0 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = self.optimizer if optimizer is None else optimizer
+        of_first, of_second = (
+            get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            ).lr_lambdas[0]
+            for steps in (first, num_training_steps - first)
+        )
+        ratio = self.attention_learning_rate / self.args.learning_rate
+        self.lr_scheduler = LambdaLR(
+            optimizer, lambda step: ratio * of_first(step) if step < first else of_second(step - first)
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """`ITEMS` of all micro-batches and processes of a step, [3]."""
         counts = sum(count_items(batch).sum(0) for batch in batch_samples) if batch_samples else torch.zeros(len(ITEMS))
@@ -232,33 +327,65 @@ class DistillationTrainer(InterruptibleTrainer):
 
     def examples_losses(self, model, inputs) -> torch.Tensor:
         """The losses in use, summed over the items of each example: [B, losses]."""
-        given = {name: value for name, value in inputs.items() if name != "labels"}
         masked = inputs["labels"] != IGNORED_LABEL
-
-        def run(network, of_head):
-            if "masked_tokens" not in self.weights:
-                return network(**given, output_hidden_states=True, return_dict=True)
-            with logits_of(of_head, masked):
-                return network(**given, output_hidden_states=True, return_dict=True)
-
         with torch.no_grad():
-            targets = run(self.teacher.model, self.teacher.model)
-        outputs = run(model, self.accelerator.unwrap_model(model))
+            targets = self.hidden_states_and_logits(self.teacher.model, inputs, masked)
+        outputs = self.hidden_states_and_logits(model, inputs, masked)
         sums = loss_sums(self.teacher, outputs, targets, inputs, self.weights)
         return torch.stack([sums[name] for name in self.weights], dim=1)
 
-    def weighted(self, sums: torch.Tensor, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the losses, a scalar, and each of them, from sums [losses] and numbers of items [3]."""
-        counts = items[[ITEMS.index(ITEM_OF_LOSS[name]) for name in self.weights]].clamp(min=1)
-        means = sums / counts
-        return (means * means.new_tensor(list(self.weights.values()))).sum(), means
+    def attention_losses(self, model, inputs) -> torch.Tensor:
+        """The loss of the first stage, a mean over layers, summed over the tokens of each example: [B, 1]."""
+        nowhere = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+        with torch.no_grad(), attention_outputs(self.teacher.model) as given:
+            states = self.hidden_states_and_logits(self.teacher.model, inputs, nowhere).hidden_states
+        self.layer_inputs[:] = states[:-1]
+        own = self.hidden_states_and_logits(model, inputs, nowhere).hidden_states[1:]
+        tokens = inputs["attention_mask"].bool()
+        errors = [
+            squared_errors(x, y, tokens, layer.attention.output.LayerNorm)
+            for x, y, layer in zip(own, given, self.teacher.layers, strict=True)
+        ]
+        return torch.stack(errors).mean(0)[:, None]
+
+    def hidden_states_and_logits(self, model, inputs, masked: torch.Tensor):
+        """Outputs of teacher or student; an MLM head's only where `masked`, bool [B, N]."""
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        if "masked_tokens" not in self.weights:
+            return model(**given, output_hidden_states=True, return_dict=True)
+        with logits_of(self.accelerator.unwrap_model(model), masked):
+            return model(**given, output_hidden_states=True, return_dict=True)
+
+    def weighted(self, sums: torch.Tensor, items: torch.Tensor, weights: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the losses, a scalar, and the means of each, from sums [losses] and numbers of items [3]."""
+        means = sums / self.items_of(items, weights).clamp(min=1)
+        return (means * means.new_tensor(list(weights.values()))).sum(), means
+
+    def items_of(self, items: torch.Tensor, names) -> torch.Tensor:
+        """The number of items of each loss, [losses], from those of all kinds, [3]."""
+        return items[[ITEMS.index(ITEM_OF_LOSS[name]) for name in names]]
+
+    def in_first_stage(self) -> bool:
+        return self.state.global_step < steps_of_first_stage(self.attention_steps, self.state.max_steps)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.in_first_stage():
+            return super().training_step(model, inputs, num_items_in_batch)
+        # until the backward pass has ended, because activation checkpointing computes layers again in it
+        with (
+            attention_alone(self.accelerator.unwrap_model(model)) as self.layer_inputs,
+            torch.compiler.set_stance("force_eager"),  # one graph would be compiled for each step
+        ):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        sums = self.examples_losses(model, inputs).sum(0)
+        alone = self.in_first_stage()
+        weights = {"attention": 1.0} if alone else self.weights
+        sums = (self.attention_losses if alone else self.examples_losses)(model, inputs).sum(0)
         items = count_items(inputs).sum(0)
-        self.loss_sums += sums.detach()
-        self.item_sums += items
-        loss, _ = self.weighted(sums, items if num_items_in_batch is None else num_items_in_batch)
+        for name, total in zip(weights, torch.stack([sums.detach(), self.items_of(items, weights)], dim=1)):
+            self.totals[name] = self.totals.get(name, 0) + total
+        loss, _ = self.weighted(sums, items if num_items_in_batch is None else num_items_in_batch, weights)
         # gradients are averaged over processes, and the items are those of all
         return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
@@ -273,14 +400,14 @@ class DistillationTrainer(InterruptibleTrainer):
     def mean_losses(self, prediction: EvalPrediction) -> dict[str, float]:
         """The losses over all of the evaluation's items."""
         totals = torch.from_numpy(prediction.predictions).double().sum(0)
-        loss, means = self.weighted(totals[: -len(ITEMS)], totals[-len(ITEMS) :])
+        loss, means = self.weighted(totals[: -len(ITEMS)], totals[-len(ITEMS) :], self.weights)
         metrics = {"loss": loss.item(), **dict(zip(self.weights, means.tolist(), strict=True))}
         return metrics | {"tokens": int(totals[-len(ITEMS)]), "examples": int(totals[1 - len(ITEMS)])}
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            sums, items = self.accelerator.reduce(self.loss_sums), self.accelerator.reduce(self.item_sums)
-            logs |= dict(zip(self.weights, self.weighted(sums, items)[1].tolist(), strict=True))
-            self.loss_sums.zero_()
-            self.item_sums.zero_()
+            for name, total in self.totals.items():
+                sums, items = self.accelerator.reduce(total).tolist()
+                logs[name] = sums / max(items, 1)
+            self.totals = {}
         super().log(logs, start_time)

@@ -77,7 +77,7 @@ class TestResults:
             assert said in printed
         card = (output_dir / "README.md").read_text()
         assert str(output_dir.parent.parent) not in card and "cache" not in card, "a published card tells no local path"
-        for said in ("trust_remote_code=True", "text-classification", "layers x 1, classes x 1", "| key_depth | 8 |"):
+        for said in ("trust_remote_code=True", "text-classification", "attention for 6 steps, then layers x 1, classes x 1", "| key_depth | 8 |"):
             assert said in card
         assert (output_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -271,6 +271,10 @@ class TestMistakes:
             ({"layers_weight": -1}, "layers_weight=-1"),
             ({"layers_weight": 0, "classes_weight": 0}, "Every weight is 0"),
             ({"per_device_train_batch_size": 400}, "800 of one step"),
+            ({"attention_steps": -1}, "attention_steps=-1"),
+            ({"attention_steps": 13}, "attention_steps=13 exceeds max_steps=12"),
+            ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type=reduce_lr_on_plateau"),
+            ({"learning_rate": 0}, "learning_rate=0"),
             ({"streaming": True, "max_steps": None}, "--max_steps"),
             ({"lerning_rate": 1}, "lerning_rate"),
         ],

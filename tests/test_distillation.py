@@ -12,6 +12,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertTokenizer,
+    TrainerCallback,
 )
 
 from distill_from_bert import DistillationDataArguments
@@ -46,6 +47,7 @@ CLASSES = {
 }
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))]
 LENGTHS = [9, 3, 14, 6, 11, 4, 8, 12]
+STAGE = ("attention_steps", "attention_learning_rate")
 
 
 class MeanPooling(torch.nn.Module):
@@ -89,6 +91,7 @@ def make_trainer(tokenizer, tmp_path):
         for _ in range(2):
             collators.append(masking_collator(tokenizer, DistillationDataArguments(mlm_probability=0.4), seed=0))
             collators[-1].mlm = "masked_tokens" in weights.used
+        stage = {name: arguments.pop(name) for name in STAGE if name in arguments}
         arguments = {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 0.0, **arguments}
         return DistillationTrainer(
             model=student,
@@ -107,6 +110,7 @@ def make_trainer(tokenizer, tmp_path):
             eval_collator=collators[1],
             teacher=teacher,
             weights=weights,
+            **stage,
         )
 
     return make
@@ -134,7 +138,7 @@ def test_offers(pair):
     }
     assert teacher.offers == ("layers", "last_layer", special[type(teacher.model)])
     assert teacher.default_weights.used == {"layers": 1, special[type(teacher.model)]: 1}
-    assert set(ITEM_OF_LOSS) == set(LossWeights.__dataclass_fields__)
+    assert set(ITEM_OF_LOSS) == {"attention", *LossWeights.__dataclass_fields__}
 
 
 class TestDivergence:
@@ -268,6 +272,97 @@ def test_logs_hold_the_mean_of_each_loss(pair, make_trainer):
     logged = next(record for record in trainer.state.log_history if "layers" in record)
     total = sum(weight * logged[name] for name, weight in pair[2].used.items())
     assert logged["loss"] == pytest.approx(total, rel=1e-3)
+
+
+class TestFirstStage:
+    """Lambda layers that learn by themselves what attention gives."""
+
+    @pytest.fixture
+    def trainer(self, pair, make_trainer):
+        """In its first step of two, which is one of the first stage."""
+        trainer = make_trainer(*pair, attention_steps=1, max_steps=2)
+        trainer.state.max_steps = 2
+        return trainer
+
+    def test_loss_against_a_plain_loop(self, pair, trainer):
+        teacher, student, _ = pair
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+        loss, _ = gradients(trainer, [batch])
+        expected, tokens = 0.0, 0
+        student.train()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            with torch.no_grad():
+                states = teacher.model(ids[mask][None], output_hidden_states=True).hidden_states
+                for layer, own, x in zip(teacher.layers, student.base_model.encoder.layer, states):
+                    errors = (layer.attention(x)[0] - own.attention(x)).square().mean()
+                    expected += errors * mask.sum() / layer.attention.output.LayerNorm.weight.square().mean()
+            tokens += mask.sum()
+        assert loss.item() == pytest.approx(expected.item() / tokens.item() / len(teacher.layers), rel=1e-4)
+
+    def test_layers_learn_by_themselves(self, pair, trainer):
+        """The gradient of one is what it is whatever the others hold, and nothing else has one."""
+        student = pair[1]
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        _, before = gradients(trainer, [batch])
+        assert before and all(".attention." in name for name in before)
+        first, last = student.base_model.encoder.layer[0], student.base_model.encoder.layer[-1]
+        with torch.no_grad():
+            for weight in (*first.parameters(), *student.base_model.embeddings.parameters()):
+                weight.mul_(1.5)
+        _, after = gradients(trainer, [batch])
+        prefix = next(name for name, module in student.named_modules() if module is last)
+        for name in before:
+            assert name.startswith(prefix) == torch.equal(before[name], after[name]), name
+
+    def test_accumulation_and_checkpointing_change_no_gradient(self, pair, trainer):
+        examples = [trainer.train_dataset[i] for i in range(8)]
+        _, expected = gradients(trainer, [trainer.data_collator(examples)])
+        batches = [trainer.data_collator(examples[i : i + 2]) for i in range(0, 8, 2)]
+        _, accumulated = gradients(trainer, batches)
+        pair[1].gradient_checkpointing_enable()
+        _, checkpointed = gradients(trainer, [trainer.data_collator(examples)])
+        for gradient in (accumulated, checkpointed):
+            assert gradient.keys() == expected.keys()
+            for name in expected:
+                torch.testing.assert_close(gradient[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+    def test_two_stages(self, pair, make_trainer):
+        """Each with its peak, warm-up and decay; the first one leaves what is copied as it is."""
+        teacher, student, weights = pair
+        rates, copied = [], {}
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+                rates.append(optimizer.param_groups[0]["lr"])
+                if state.global_step == 10:
+                    copied.update({name: weight.clone() for name, weight in student.named_parameters()})
+
+        start = {name: weight.clone() for name, weight in student.named_parameters()}
+        stages = dict(attention_steps=0.5, attention_learning_rate=4e-3, learning_rate=1e-3, warmup_steps=2)
+        trainer = make_trainer(teacher, student, weights, max_steps=20, logging_steps=10, **stages)
+        trainer.add_callback(Watch())
+        trainer.train()
+        decay = [(10 - step) / 8 for step in range(2, 10)]
+        torch.testing.assert_close(rates[:10], [4e-3 * x for x in (0, 0.5, *decay)])
+        torch.testing.assert_close(rates[10:], [1e-3 * x for x in (0, 0.5, *decay)])
+        for name in start:
+            assert torch.equal(start[name], copied[name]) == (".attention." not in name), name
+        first, second = [record for record in trainer.state.log_history if "loss" in record]
+        assert first["attention"] == pytest.approx(first["loss"], rel=1e-3) and "layers" not in first
+        assert set(weights.used) < set(second) and "attention" not in second
+
+    def test_learns(self, make_trainer):
+        """Every block comes nearer to attention, and so do the states of the model that they make up."""
+        bert = tiny_bert()
+        torch.manual_seed(1)
+        student = LambdaBertModel.from_bert(bert, **SETTINGS)
+        stage = dict(attention_steps=150, attention_learning_rate=1e-2, max_steps=150, learning_rate=1e-2)
+        trainer = make_trainer(Teacher(bert), student, LossWeights(layers=1), logging_steps=50, **stage)
+        start = trainer.evaluate()["eval_layers"]
+        trainer.train()
+        assert trainer.evaluate()["eval_layers"] < start / 2
+        losses = [record["attention"] for record in trainer.state.log_history if "attention" in record]
+        assert losses[-1] < losses[0] / 2
 
 
 class TestSimilarLengths:
