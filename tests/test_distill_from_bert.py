@@ -22,7 +22,7 @@ import distill_from_bert
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
 from training_run import parse_arguments
-from training_support import BERTS, SCHEDULE, finish, start_command, tiny_bert
+from training_support import BERTS, SCHEDULE, finish, start_command, start_distributed, tiny_bert
 
 ROOT = Path(distill_from_bert.__file__).parent
 RECIPE = {
@@ -160,6 +160,28 @@ model.encode(" ".join(texts * 8))
         metrics = json.loads((output_dir / "metrics.json").read_text())["eval"]
         assert metrics["eval_loss"] == pytest.approx(2 * metrics["eval_last_layer"])
         assert "eval_layers" not in metrics and "eval_classes" not in metrics
+
+
+def test_two_processes_equal_one_that_accumulates(text, teachers, tmp_path):
+    """In both stages."""
+    weights = {}
+    for name, batch, accumulated in (("one", 2, 4), ("two", 2, 2)):
+        recipe = write_recipe(
+            tmp_path / f"{name}.json",
+            text,
+            teachers / "mlm",
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            examples="sentences",
+            max_steps=6,
+        )
+        log = tmp_path / f"{name}.log"
+        start = start_distributed if name == "two" else lambda *args, **kwargs: [start_command(*args, **kwargs)]
+        assert set(finish(*start([recipe], log, command=distill_from_bert.main))) == {0}, log.read_text()
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    for name, weight in weights["one"].items():
+        # six steps of Adam at 2e-3 and 5e-3 move each weight by up to 2e-2
+        torch.testing.assert_close(weights["two"][name], weight, rtol=0, atol=5e-5, msg=name)
 
 
 class TestInterruption:

@@ -111,7 +111,7 @@ def start_command(argv, log, command=run_language_modeling.main, **environment):
         os._exit(status)
 
 
-def start_distributed(argv, log, processes=2):
+def start_distributed(argv, log, processes=2, command=run_language_modeling.main):
     """Starts the command as torchrun does, in `processes` processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -120,6 +120,7 @@ def start_distributed(argv, log, processes=2):
         start_command(
             argv,
             log,
+            command,
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(processes),
