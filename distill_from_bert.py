@@ -188,7 +188,7 @@ class DistillationArguments(RunArguments):
             "teacher's hidden states; below 1: a share of all; 0: no such stage."
         },
     )
-    attention_learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate of that stage."})
+    attention_learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of that stage."})
     ddp_find_unused_parameters: bool | None = field(
         default=True, metadata={"help": "Whether a parameter may stay unused; no loss reaches every head."}
     )

@@ -370,6 +370,9 @@ class DistillationTrainer(InterruptibleTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.in_first_stage():
+            if self.state.global_step == steps_of_first_stage(self.attention_steps, self.state.max_steps):
+                # gradients become many times larger: by the first stage's mean squares Adam's steps would be, too
+                self.optimizer.state.clear()
             return super().training_step(model, inputs, num_items_in_batch)
         # until the backward pass has ended, because activation checkpointing computes layers again in it
         with (

@@ -77,7 +77,12 @@ class TestResults:
             assert said in printed
         card = (output_dir / "README.md").read_text()
         assert str(output_dir.parent.parent) not in card and "cache" not in card, "a published card tells no local path"
-        for said in ("trust_remote_code=True", "text-classification", "attention for 6 steps, then layers x 1, classes x 1", "| key_depth | 8 |"):
+        for said in (
+            "trust_remote_code=True",
+            "text-classification",
+            "attention for 6 steps, then layers x 1, classes x 1",
+            "| key_depth | 8 |",
+        ):
             assert said in card
         assert (output_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -351,6 +351,20 @@ class TestFirstStage:
         assert first["attention"] == pytest.approx(first["loss"], rel=1e-3) and "layers" not in first
         assert set(weights.used) < set(second) and "attention" not in second
 
+    def test_second_stage_starts_with_a_new_optimizer(self, make_trainer):
+        """Both stages in one run are two runs, the second of which takes up the weights of the first."""
+        weights = []
+        teacher = Teacher(tiny_bert(hidden_dropout_prob=0.0), (MeanPooling(),))
+        for runs in ([(5, 10)], [(5, 5), (0, 5)]):
+            torch.manual_seed(1)
+            student = LambdaBertModel.from_bert(teacher.model, **SETTINGS)
+            for attention_steps, steps in runs:
+                stages = dict(attention_steps=attention_steps, attention_learning_rate=1e-2, max_steps=steps)
+                make_trainer(teacher, student, LossWeights(layers=1, sentences=1), learning_rate=1e-2, **stages).train()
+            weights.append(student.state_dict())
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-4, msg=name)
+
     def test_learns(self, make_trainer):
         """Every block comes nearer to attention, and so do the states of the model that they make up."""
         bert = tiny_bert()
