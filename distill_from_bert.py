@@ -401,10 +401,15 @@ class Distillation(TrainingRun):
             use=self.example_of_use(folder.resolve().name),
             losses=self.describe_losses(state.max_steps),
         )
-        plot_curves(state.log_history, folder / "training_curves.png", "loss", "weighted sum of the losses")
+        first = self.steps_alone(state.max_steps)
+        label = "weighted sum of the losses" + (f"\n(training, first {first} steps: attention)" if first else "")
+        plot_curves(state.log_history, folder / "training_curves.png", "loss", label)
+
+    def steps_alone(self, steps):
+        return steps_of_first_stage(self.training_args.attention_steps, steps)
 
     def describe_losses(self, steps):
-        first = steps_of_first_stage(self.training_args.attention_steps, steps)
+        first = self.steps_alone(steps)
         losses = ", ".join(f"{name} x {weight:g}" for name, weight in self.weights.used.items())
         return f"attention for {first} steps, then {losses}" if first else losses
 

@@ -271,9 +271,14 @@ def table(runs: dict[str, list[dict]], speed: list[dict]) -> str:
 
 
 def plot_curves(runs: dict[str, list[dict]], file: Path):
-    """Spearman over steps and training minutes; the line is the mean over seeds, the band their range."""
+    """Spearman over steps and training minutes; the line is the mean over seeds, the band their range.
+
+    Of models that were evaluated several times; the others have no curve.
+    """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for name, results in runs.items():
+        if len(results[0]["curve"]) < 3:
+            continue
         points = list(zip(*(result["curve"] for result in results), strict=True))[1:]
         values = [[point["spearman"] for point in seeds] for seeds in points]
         steps = [seeds[0]["step"] for seeds in points]
