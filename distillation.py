@@ -278,7 +278,7 @@ class DistillationTrainer(InterruptibleTrainer):
         teacher: Teacher,
         weights: LossWeights,
         attention_steps: float = 0,
-        attention_learning_rate: float = 0.0,
+        attention_learning_rate: float = 1e-3,
         **kwargs,
     ):
         super().__init__(*args, compute_metrics=self.mean_losses, **kwargs)
