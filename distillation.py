@@ -365,12 +365,14 @@ class DistillationTrainer(InterruptibleTrainer):
         """The number of items of each loss, [losses], from those of all kinds, [3]."""
         return items[[ITEMS.index(ITEM_OF_LOSS[name]) for name in names]]
 
-    def in_first_stage(self) -> bool:
-        return self.state.global_step < steps_of_first_stage(self.attention_steps, self.state.max_steps)
+    def steps_left_alone(self) -> int:
+        """How many steps are left of the first stage; 0 in the first step of the second, and negative later."""
+        return steps_of_first_stage(self.attention_steps, self.state.max_steps) - self.state.global_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.in_first_stage():
-            if self.state.global_step == steps_of_first_stage(self.attention_steps, self.state.max_steps):
+        left = self.steps_left_alone()
+        if left <= 0:
+            if left == 0:
                 # gradients become many times larger: by the first stage's mean squares Adam's steps would be, too
                 self.optimizer.state.clear()
             return super().training_step(model, inputs, num_items_in_batch)
@@ -382,7 +384,7 @@ class DistillationTrainer(InterruptibleTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        alone = self.in_first_stage()
+        alone = self.steps_left_alone() > 0
         weights = {"attention": 1.0} if alone else self.weights
         sums = (self.attention_losses if alone else self.examples_losses)(model, inputs).sum(0)
         items = count_items(inputs).sum(0)
