@@ -366,13 +366,13 @@ class DistillationTrainer(InterruptibleTrainer):
         return items[[ITEMS.index(ITEM_OF_LOSS[name]) for name in names]]
 
     def steps_left_alone(self) -> int:
-        """How many steps are left of the first stage; 0 in the first step of the second, and negative later."""
+        """How many steps are left of the first stage; 0 in the first step after it, and negative later."""
         return steps_of_first_stage(self.attention_steps, self.state.max_steps) - self.state.global_step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         left = self.steps_left_alone()
         if left <= 0:
-            if left == 0:
+            if left == 0 < self.state.global_step:
                 # gradients become many times larger: by the first stage's mean squares Adam's steps would be, too
                 self.optimizer.state.clear()
             return super().training_step(model, inputs, num_items_in_batch)
