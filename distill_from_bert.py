@@ -179,7 +179,7 @@ class DistillationDataArguments(TextArguments):
 class DistillationArguments(RunArguments):
     """The Trainer's arguments, with defaults for a model that starts as another's copy."""
 
-    learning_rate: float = field(default=3e-4, metadata={"help": "The peak learning rate."})
+    learning_rate: float = field(default=1.5e-4, metadata={"help": "The peak learning rate."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decay of all weights but biases and norms."})
     attention_steps: float = field(
         default=0.5,
