@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 LAMBDA_NORMS = ("batch", "layer", "rms", "none")
+POSITION_EMBEDDING_TYPES = ("absolute", "none")
 
 
 @strict
@@ -26,9 +27,11 @@ class LambdaBertConfig(BertConfig):
         lambda_norm: normalisation of queries and values. "batch" is the paper's, with statistics of real tokens only;
             it makes an example's result depend on its batch while training. "layer" and "rms" see one token at a
             time, "none" leaves both as projected.
+        position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
+            the lambda layers, which see distances alone. Without them a local scope has no limit of length.
 
     Raises:
-        ValueError: a field of the lambda layer has a value that cannot work; the text names field, value and fix.
+        ValueError: one of these fields has a value that cannot work; the text names field, value and fix.
     """
 
     model_type = "lambdabert"
@@ -40,6 +43,7 @@ class LambdaBertConfig(BertConfig):
     local_context_size: int | None = None
     output_lambda_params: bool = False
     lambda_norm: str = "layer"
+    position_embedding_type: str = "absolute"
 
     def __post_init__(self, **kwargs):
         auto_map = kwargs.pop("auto_map", None) or {}
@@ -59,8 +63,14 @@ class LambdaBertConfig(BertConfig):
         }
         self.validate_lambda_layer()
 
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens that a sequence may have; None = any number."""
+        unlimited = self.position_embedding_type == "none" and self.local_context_size is not None
+        return None if unlimited else self.max_position_embeddings
+
     def validate_lambda_layer(self):
-        """Checks the fields that shape the lambda layer."""
+        """Checks the fields that LambdaBERT adds to BERT's, and those that it cannot serve."""
         for field in ("hidden_size", "max_position_embeddings", "num_lambda_queries", "key_depth", "intra_depth"):
             value = getattr(self, field)
             if value < 1:
@@ -78,6 +88,11 @@ class LambdaBertConfig(BertConfig):
             )
         if self.lambda_norm not in LAMBDA_NORMS:
             raise ValueError(f"lambda_norm={self.lambda_norm!r} is unknown; set it to one of {LAMBDA_NORMS}.")
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type={self.position_embedding_type!r} is unknown; set it to one of "
+                f"{POSITION_EMBEDDING_TYPES}: relative positions are the lambda layer's own."
+            )
         for field in ("is_decoder", "add_cross_attention"):
             if getattr(self, field):
                 raise ValueError(f"{field}=True: LambdaBERT is an encoder that sees both directions; set it to False.")

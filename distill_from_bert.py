@@ -18,6 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import BertConfig, BertModel, SchedulerType, set_seed
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import cached_file
 
 import modeling_lambdabert
@@ -345,7 +346,7 @@ class Distillation(TrainingRun):
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        longest = self.model.config.max_position_embeddings
+        longest = self.model.config.longest_sequence or VERY_LARGE_INTEGER
         if self.data_args.max_seq_length > longest:
             raise ValueError(
                 f"max_seq_length={self.data_args.max_seq_length} exceeds the student's max_position_embeddings="

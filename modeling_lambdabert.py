@@ -130,10 +130,25 @@ class LambdaBertQuestionAnsweringOutput(ModelOutput):
 
 
 class LambdaBertEmbeddings(BertEmbeddings):
-    """BERT's embeddings, which tell what exceeds their position table before anything is looked up."""
+    """BERT's embeddings of words, segments and, unless `position_embedding_type="none"`, positions."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.position_embedding_type == "none":
+            self.position_embeddings = None
+
+    def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        if self.position_embeddings is not None:
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds)
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
+        return self.dropout(self.LayerNorm(words + self.token_type_embeddings(token_type_ids)))
 
     def check_positions(self, length: int, position_ids: torch.Tensor | None):
         """Refuses N = `length` tokens, or `position_ids` [B, N], that the position table does not hold."""
+        if self.position_embeddings is None:
+            return
         limit = self.position_embeddings.num_embeddings
         if position_ids is None and length > limit:
             raise ValueError(
@@ -286,13 +301,14 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             input_ids: [B, N]; or give `inputs_embeds`.
             attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens.
             token_type_ids: [B, N], 0 for the first segment, 1 for the second; None = 0.
-            position_ids: [B, N] or [1, N]; None = 0 ... N - 1, counted from the row's first place.
+            position_ids: [B, N] or [1, N]; None = 0 ... N - 1, counted from the row's first place. Without effect
+                where the config leaves out position embeddings.
             inputs_embeds: [B, N, D], in place of the word embeddings.
             kwargs: `output_hidden_states`, `output_lambda_params` and `return_dict`, each in place of the config's.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N]; more tokens than
-                `max_position_embeddings`; attention weights asked for.
+                the config's `longest_sequence`; attention weights asked for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers import set_seed
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import training_run
 from configuration_lambdabert import LambdaBertConfig
@@ -153,7 +154,7 @@ def make_config(model_args, tokenizer, max_seq_length):
             f"vocab_size={config.vocab_size} of the model is too small for the tokenizer's {len(tokenizer)} tokens; "
             "use the model's own tokenizer, or set vocab_size in --config_overrides for a new model."
         )
-    if max_seq_length > config.max_position_embeddings:
+    if max_seq_length > (config.longest_sequence or max_seq_length):
         raise ValueError(
             f"max_seq_length={max_seq_length} exceeds max_position_embeddings={config.max_position_embeddings}; lower "
             "the one or raise the other in --config_overrides."
@@ -228,7 +229,7 @@ class Pretraining(TrainingRun):
                 tokenizers = [make_tokenizer(model_args, documents, data_args.streaming, self.checkpoint)]
             self.tokenizer = broadcast_object_list(tokenizers)[0]
         config = make_config(model_args, self.tokenizer, data_args.max_seq_length)
-        self.tokenizer.model_max_length = config.max_position_embeddings
+        self.tokenizer.model_max_length = config.longest_sequence or VERY_LARGE_INTEGER
         set_seed(self.training_args.seed)
         self.model = make_model(MODEL_CLASSES[data_args.objective], config, model_args.model_name_or_path)
 

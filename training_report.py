@@ -85,6 +85,7 @@ CONFIG_FIELDS = (
     "intra_depth",
     "local_context_size",
     "lambda_norm",
+    "position_embedding_type",
     "hidden_dropout_prob",
     "max_position_embeddings",
 )

@@ -42,7 +42,14 @@ from pretraining_data import count_tokens, prepare_examples
 from run_language_modeling import Pretraining, parse_arguments, start_at_frequencies
 from training_run import set_up_logging
 
-LAMBDA_FIELDS = ("num_lambda_queries", "key_depth", "intra_depth", "local_context_size", "lambda_norm")
+LAMBDA_FIELDS = (
+    "num_lambda_queries",
+    "key_depth",
+    "intra_depth",
+    "local_context_size",
+    "lambda_norm",
+    "position_embedding_type",
+)
 DATA_SEED = 42  # of pairs and of evaluation masks
 
 

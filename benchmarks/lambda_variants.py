@@ -65,23 +65,13 @@ LAYER_VARIANTS = {
 }
 
 
-def no_position_embeddings(model: nn.Module):
-    """Absolute positions add nothing: their table stays zero."""
-    table = model.bert.embeddings.position_embeddings
-    nn.init.zeros_(table.weight)
-    table.requires_grad_(False)
-
-
 def wide_output_projection(model: nn.Module):
     """The output projection starts as BERT's, not smaller by sqrt(2 layers)."""
     for layer in model.bert.encoder.layer:
         nn.init.normal_(layer.attention.output.dense.weight, std=model.config.initializer_range)
 
 
-MODEL_VARIANTS = {
-    "no position embeddings": no_position_embeddings,
-    "BERT's output projection": wide_output_projection,
-}
+MODEL_VARIANTS = {"BERT's output projection": wide_output_projection}
 
 
 def no_content_lambda(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -74,8 +74,7 @@ def test_variants_change_the_model_and_what_they_keep_is_trained(name, variant_m
 
 def test_content_only_does_not_see_places(variant_model):
     """Without position lambdas and absolute positions, permuting the tokens permutes the outputs."""
-    model = variant_model("content only")
-    apply_variant(model, "no position embeddings")
+    model = variant_model("content only", position_embedding_type="none")
     ids, order = torch.arange(5, 25)[None], torch.randperm(20)
     torch.testing.assert_close(logits(model, ids[:, order]), logits(model, ids)[:, order])
     assert not torch.allclose(logits(variant_model("content only"), ids[:, order]), logits(model, ids)[:, order])

@@ -231,6 +231,12 @@ class TestPositions:
             assert torch.equal(model.state_dict()[name], same_start.state_dict()[name])
         assert POSITION_TABLE in model.conversion_report.copied
 
+    def test_left_out(self):
+        model = LambdaBertModel.from_bert(tiny_bert(), **SETTINGS, position_embedding_type="none")
+        assert POSITION_TABLE in model.conversion_report.left_out
+        assert POSITION_TABLE in str(model.conversion_report)
+        assert torch.isfinite(model(torch.randint(5, 60, (1, 100)))[0]).all()
+
 
 class TestRefusals:
     @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ CUSTOM = {
     "local_context_size": 7,
     "output_lambda_params": True,
     "lambda_norm": "rms",
+    "position_embedding_type": "none",
     "max_position_embeddings": 77,
 }
 
@@ -77,6 +78,9 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("lambda_norm", "Batch"),
         ("lambda_norm", ""),
         ("lambda_norm", None),
+        ("position_embedding_type", "relative_key"),
+        ("position_embedding_type", ""),
+        ("position_embedding_type", None),
         ("output_lambda_params", "yes"),
         ("is_decoder", True),
         ("add_cross_attention", True),
@@ -106,6 +110,14 @@ def test_unknown_norm_lists_the_known_ones():
         LambdaBertConfig(lambda_norm="instance")
     for known in ("batch", "layer", "rms", "none"):
         assert known in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "positions, scope, longest", [("absolute", None, 77), ("absolute", 25, 77), ("none", None, 77), ("none", 25, None)]
+)
+def test_longest_sequence(positions, scope, longest):
+    config = LambdaBertConfig(position_embedding_type=positions, local_context_size=scope, max_position_embeddings=77)
+    assert config.longest_sequence == longest
 
 
 def test_assigning_a_wrong_type_is_refused():
