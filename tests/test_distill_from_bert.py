@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import distill_from_bert
+from bert_conversion import POSITION_TABLE
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
 from training_run import parse_arguments
@@ -152,6 +153,15 @@ model.encode(" ".join(texts * 8))
         history = json.loads((output_dir / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
         vectors = [record["eval_sentences"] for record in history if "eval_sentences" in record]
         assert vectors[-1] < vectors[0]
+
+    def test_student_without_position_embeddings(self, text, teachers, tmp_path):
+        overrides = {**RECIPE["config_overrides"], "position_embedding_type": "none"}
+        output_dir, printed = distilled(
+            tmp_path, text, teachers / "plain", config_overrides=overrides, max_position_embeddings=16, max_steps=3
+        )
+        assert POSITION_TABLE in printed, "what is left out is said"
+        assert AutoTokenizer.from_pretrained(output_dir).model_max_length > 1e6
+        assert LambdaBertModel.from_pretrained(output_dir)(torch.ones(1, 200, dtype=torch.long))[0].shape[1] == 200
 
     def test_streams_and_stretches(self, text, teachers, tmp_path):
         output_dir, _ = distilled(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import run_language_modeling
 from modeling_lambdabert import LambdaBertForPreTrainingSOP
@@ -282,6 +283,23 @@ def test_continues_from_a_model(finished, text, tmp_path):
     assert finish(start_command([recipe], tmp_path / "log")) == [0], (tmp_path / "log").read_text()
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run"))
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_no_limit_of_length_without_position_embeddings(text, tmp_path):
+    """With a local scope too, neither the examples nor the saved tokenizer keep to a table's length."""
+    shape = {**RECIPE["config_overrides"], "position_embedding_type": "none", "max_position_embeddings": 16}
+    output_dir = tmp_path / "run"
+    recipe = write_recipe(
+        tmp_path / "r.json", output_dir=str(output_dir), config_overrides=shape, max_steps=2, **sources(text)
+    )
+    assert finish(start_command([recipe], tmp_path / "log")) == [0], (tmp_path / "log").read_text()
+    inputs = AutoTokenizer.from_pretrained(output_dir)(
+        "The fox sees the river. " * 100, return_tensors="pt", truncation=True
+    )
+    assert inputs.input_ids.shape[1] > 500
+    output = LambdaBertForPreTrainingSOP.from_pretrained(output_dir)(**inputs)
+    assert torch.isfinite(output.prediction_logits).all()
+    assert "position_embedding_type | none" in (output_dir / "README.md").read_text()
 
 
 class TestMistakes:
