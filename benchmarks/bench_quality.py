@@ -212,7 +212,7 @@ def table(best: dict[str, list[dict]], seconds: dict[str, float], tested: bool) 
 
 def plot_curves(best: dict[str, list[dict]], seconds: dict[str, float], file: Path):
     """Validation MLM loss over steps, tokens and time; the line is the mean over seeds, the band their range."""
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2 + 0.1 * len(best)), sharey=True, layout="constrained")
     for name, results in best.items():
         points = list(zip(*(result["curve"] for result in results), strict=True))
         losses = [[record["eval_mlm_loss"] for record in point] for point in points]
@@ -228,7 +228,7 @@ def plot_curves(best: dict[str, list[dict]], seconds: dict[str, float], file: Pa
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation MLM loss (nats per masked token)")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
