@@ -99,11 +99,17 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
         "data_seed": seed,
     }
     options |= model.get("options", {})
+    tokenizer = folder.parent.parent / "tokenizer"
+    if options.get("train_tokenizer") and tokenizer.exists():  # one for all runs: ties are broken anew by each training
+        del options["train_tokenizer"], options["vocab_size"]
+        options["tokenizer_name"] = str(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(options, indent=2))
     model_args, data_args, training_args = parse_arguments([str(folder / "recipe.json")])
     set_up_logging(training_args)
     pretraining = Pretraining(model_args, data_args, training_args)
+    if not tokenizer.exists():
+        pretraining.tokenizer.save_pretrained(tokenizer)
     set_seed(seed)
     if model["architecture"] == "bert":
         pretraining.model = bert(pretraining.model.config, data_args.objective)
