@@ -154,7 +154,7 @@ def make_config(model_args, tokenizer, max_seq_length):
             f"vocab_size={config.vocab_size} of the model is too small for the tokenizer's {len(tokenizer)} tokens; "
             "use the model's own tokenizer, or set vocab_size in --config_overrides for a new model."
         )
-    if max_seq_length > (config.longest_sequence or max_seq_length):
+    if config.longest_sequence is not None and max_seq_length > config.longest_sequence:
         raise ValueError(
             f"max_seq_length={max_seq_length} exceeds max_position_embeddings={config.max_position_embeddings}; lower "
             "the one or raise the other in --config_overrides."

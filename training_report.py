@@ -75,17 +75,20 @@ RECIPE_FIELDS = (
     "bf16",
     "seed",
 )
-CONFIG_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
+LAMBDA_FIELDS = (
     "num_lambda_queries",
     "key_depth",
     "intra_depth",
     "local_context_size",
     "lambda_norm",
     "position_embedding_type",
+)
+CONFIG_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    *LAMBDA_FIELDS,
     "hidden_dropout_prob",
     "max_position_embeddings",
 )

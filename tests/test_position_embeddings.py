@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from bert_conversion import POSITION_TABLE
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertModel
 
-TABLE = "embeddings.position_embeddings.weight"
 SCOPES = [5, None]
 NORMS = ["none", "layer", "rms", "batch"]
 
@@ -26,9 +26,9 @@ def without(config):
 def test_equals_a_zero_table(make_config, make_inputs, make_labels, model_class, scope, training):
     config = make_config(local_context_size=scope)
     reference = build(model_class, config)
-    torch.nn.init.zeros_(reference.get_parameter(f"{'bert.' if hasattr(reference, 'bert') else ''}{TABLE}"))
+    torch.nn.init.zeros_(reference.base_model.embeddings.position_embeddings.weight)
     model = build(model_class, without(config))
-    assert [name for name, _ in reference.named_parameters() if not name.endswith(TABLE)] == [
+    assert [name for name, _ in reference.named_parameters() if not name.endswith(POSITION_TABLE)] == [
         name for name, _ in model.named_parameters()
     ]
     model.load_state_dict(reference.state_dict(), strict=False)
@@ -43,7 +43,7 @@ def test_equals_a_zero_table(make_config, make_inputs, make_labels, model_class,
             gradients = {
                 name: torch.zeros(()) if parameter.grad is None else parameter.grad
                 for name, parameter in each.named_parameters()
-                if not name.endswith(TABLE)
+                if not name.endswith(POSITION_TABLE)
             }
             results.append((output.to_tuple(), gradients))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
