@@ -115,8 +115,8 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
         pretraining.model = bert(pretraining.model.config, data_args.objective)
     else:
         pretraining.model = type(pretraining.model)(pretraining.model.config)
-    apply_variant(pretraining.model, model.get("variant"))
     start_at_frequencies(pretraining.model, count_tokens(pretraining.examples["train"], pretraining.tokenizer))
+    apply_variant(pretraining.model, model.get("variant"))
     return pretraining
 
 

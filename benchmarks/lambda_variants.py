@@ -1,4 +1,4 @@
-"""Changes to the lambda layer that are no settings of the library, for the ablations of `bench_quality.py`."""
+"""Changes to models that are no settings of the library, for the ablations of `bench_quality.py`."""
 
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -71,7 +71,12 @@ def wide_output_projection(model: nn.Module):
         nn.init.normal_(layer.attention.output.dense.weight, std=model.config.initializer_range)
 
 
-MODEL_VARIANTS = {"BERT's output projection": wide_output_projection}
+def zero_bias(model: nn.Module):
+    """The MLM head does not start at the log frequencies of the training text."""
+    nn.init.zeros_(model.cls.predictions.bias)
+
+
+MODEL_VARIANTS = {"BERT's output projection": wide_output_projection, "MLM bias 0": zero_bias}
 
 
 def no_content_lambda(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import set_seed
 
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM
-from run_language_modeling import parse_arguments
+from run_language_modeling import parse_arguments, start_at_frequencies
 from training_support import write_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ def variant_model(make_config):
     def build(name, **fields):
         set_seed(0)
         model = LambdaBertForMaskedLM(make_config(**fields)).eval()
+        start_at_frequencies(model, np.arange(model.config.vocab_size))
         apply_variant(model, name)
         return model
 
