@@ -1,0 +1,94 @@
+"""How far single words tell the order of two segments: a linear baseline of sentence order prediction (SOP).
+
+    python benchmarks/sentence_order_words.py --tokenizer_name checkpoints/wikipedia-small --output words.json \
+        --train_file 'enwiki2015/train-0[0-2].parquet' --validation_file enwiki2015/validation.parquet
+
+Takes the options of `DataArguments`, and makes the pairs of the pretraining command. A pair's score is the sum of one
+number for each token of segment A, less that of segment B; logistic regression finds the numbers.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from tqdm import trange
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from corpora import load_corpus
+from environment import environment
+from pretraining_data import DataArguments, prepare_examples
+from training_run import load_tokenizer
+
+
+@dataclass
+class BaselineArguments:
+    tokenizer_name: str = field(metadata={"help": "A folder, vocab.txt or hub name."})
+    output: str = field(metadata={"help": "JSON file for the accuracy after each epoch."})
+    epochs: int = 6
+    learning_rate: float = 3e-3
+    batch_size: int = 256
+    seed: int = 42
+
+
+def scores(weights: torch.nn.EmbeddingBag, pairs: dict[str, list]) -> torch.Tensor:
+    """[pairs]; above 0 means swapped. The special tokens add a constant, once more for A than for B."""
+    ids = [torch.tensor(ids) for ids in pairs["input_ids"]]
+    signs = 1 - 2 * torch.tensor([segment for types in pairs["token_type_ids"] for segment in types])
+    starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
+    return weights(torch.cat(ids), starts, per_sample_weights=signs.float())[:, 0]
+
+
+def accuracy(weights: torch.nn.EmbeddingBag, examples: Dataset, batch_size: int) -> float:
+    with torch.no_grad():
+        correct = sum(
+            ((scores(weights, pairs) > 0) == torch.tensor(pairs["sentence_order_label"]).bool()).sum().item()
+            for pairs in examples.iter(batch_size)
+        )
+    return correct / len(examples)
+
+
+def train(examples: dict[str, Dataset], vocab_size: int, args: BaselineArguments) -> list[float]:
+    """Validation accuracy after each epoch."""
+    weights = torch.nn.EmbeddingBag(vocab_size, 1, mode="sum")
+    torch.nn.init.zeros_(weights.weight)
+    optimizer = torch.optim.Adam(weights.parameters(), lr=args.learning_rate)
+    accuracies = []
+    for epoch in trange(args.epochs, unit="epoch"):
+        for pairs in examples["train"].shuffle(seed=args.seed + epoch).iter(args.batch_size):
+            labels = torch.tensor(pairs["sentence_order_label"]).float()
+            loss = F.binary_cross_entropy_with_logits(scores(weights, pairs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        accuracies.append(accuracy(weights, examples["validation"], args.batch_size))
+    return accuracies
+
+
+def main():
+    parser = HfArgumentParser((BaselineArguments, DataArguments), description=__doc__.partition("\n")[0])
+    parser.set_defaults(objective="sop")
+    args, data_args = parser.parse_args_into_dataclasses()
+    tokenizer = load_tokenizer(args.tokenizer_name)
+    examples = {
+        split: prepare_examples(documents, tokenizer, data_args, seed=args.seed, training=split == "train")[0]
+        for split, documents in load_corpus(data_args, seed=args.seed).items()
+    }
+    result = {
+        "arguments": asdict(args),
+        "data": asdict(data_args),
+        "pairs": {split: len(pairs) for split, pairs in examples.items()},
+        "validation accuracy by epoch": train(examples, len(tokenizer), args),
+        "environment": environment("datasets"),
+    }
+    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["validation accuracy by epoch"]))
+
+
+if __name__ == "__main__":
+    main()
