@@ -90,7 +90,7 @@ CONFIG_FIELDS = (
     "intermediate_size",
     *LAMBDA_FIELDS,
     "hidden_dropout_prob",
-    "max_position_embeddings",
+    "longest_sequence",
 )
 
 
