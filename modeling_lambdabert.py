@@ -172,7 +172,7 @@ class LambdaBertAttention(BertAttention):
         nn.Module.__init__(self)  # BertAttention's own would build self-attention
         self.self = LambdaLayer(config)
         self.output = BertSelfOutput(config)
-        # a branch that starts small, as GPT-2's: otherwise all tokens drift to one state before any context is learned
+        # a branch that starts small, as GPT-2's: at BERT's size, a new model learns context later (docs/results.md)
         self.output.dense.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
     def forward(self, hidden_states, attention_mask=None, packing=None):

@@ -184,8 +184,7 @@ def make_model(model_class, config, source):
 def start_at_frequencies(model, counts):
     """Lets a new model predict every masked token by how often it stands in the text: the bias of its MLM head.
 
-    Without this, a new model first has to learn the frequencies, and learned context late or, at a high learning rate,
-    not at all (docs/results.md).
+    Without this, a new model first has to learn the frequencies, and learns context later (docs/results.md).
 
     Args:
         counts: occurrences of each token, [up to vocab_size]; each is counted once more.
