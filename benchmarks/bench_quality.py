@@ -98,17 +98,16 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
         "data_seed": seed,
     }
     options |= model.get("options", {})
-    trains_tokenizer = options.get("train_tokenizer")
     tokenizer = folder.parent / f"tokenizer_{digest(recipe['pretraining'])}"
-    if trains_tokenizer and tokenizer.exists():  # one for all models: each training would break ties anew
-        del options["train_tokenizer"], options["vocab_size"]
+    if options.get("train_tokenizer") and tokenizer.exists():  # one for all: each training would break ties anew
+        del options["train_tokenizer"]
         options["tokenizer_name"] = str(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(options, indent=2))
     model_args, data_args, training_args = parse_arguments([str(folder / "recipe.json")])
     set_up_logging(training_args)
     pretraining = Pretraining(model_args, data_args, training_args)
-    if trains_tokenizer and not tokenizer.exists():
+    if model_args.train_tokenizer:
         pretraining.tokenizer.save_pretrained(tokenizer)
     set_seed(seed)
     if model["architecture"] == "bert":

@@ -37,7 +37,7 @@ class BaselineArguments:
 
 
 def scores(weights: torch.nn.EmbeddingBag, pairs: dict[str, list]) -> torch.Tensor:
-    """[pairs]; above 0 means swapped. The special tokens add a constant, once more for A than for B."""
+    """[pairs]; above 0 means swapped. [CLS] adds a constant, and of the two [SEP] nothing is left."""
     ids = [torch.tensor(ids) for ids in pairs["input_ids"]]
     signs = 1 - 2 * torch.tensor([segment for types in pairs["token_type_ids"] for segment in types])
     starts = torch.tensor([0, *map(len, ids[:-1])]).cumsum(0)
@@ -72,7 +72,7 @@ def train(examples: dict[str, Dataset], vocab_size: int, args: BaselineArguments
 
 def main():
     parser = HfArgumentParser((BaselineArguments, DataArguments), description=__doc__.partition("\n")[0])
-    parser.set_defaults(objective="sop")
+    parser.set_defaults(sop=True)
     args, data_args = parser.parse_args_into_dataclasses()
     tokenizer = load_tokenizer(args.tokenizer_name)
     examples = {
