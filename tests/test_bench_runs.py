@@ -70,8 +70,6 @@ def test_first_setting_at_another_rate_has_the_key_that_the_index_names():
 )
 def test_recorded_folder_gives_its_summary_and_table_again(name, options, tmp_path, monkeypatch, capsys):
     """Without text, teacher and training: times and runs are those of the folder."""
-    if name.startswith("conversion"):
-        pytest.importorskip("sentence_transformers")
     module = import_module(f"benchmarks.{name.partition('/')[0]}")
     monkeypatch.setattr(module, "prepare", lambda *args: pytest.fail("a finished run was run or timed again"))
     folder = BENCHMARKS / "results" / name
