@@ -6,16 +6,17 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(*packages: str) -> dict:
+def environment(*packages: str) -> dict[str, Any]:
     """Commit, versions of Python, torch, transformers and `packages`, processor or GPU, threads and date."""
 
-    def git(*command):
+    def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     return {

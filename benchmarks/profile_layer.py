@@ -1,29 +1,34 @@
 """Where the time of inference goes: the share of each part of LambdaBERT's layers, on a CPU.
 
-    python benchmarks/profile_layer.py --output runs/profile
+    python -m benchmarks.profile_layer --output runs/profile
 
-Base shape with random weights, as in `bench_speed.py`. Every part is a function or module of the library whose calls
-are timed; a part called within another counts for itself alone, so the parts of a pass add up to the whole. Each number
-is the median over the repeats, given in ms for 4096 tokens and as a share of the pass.
+Base shape with random weights, as in `speed.py`. Every part is a function or module of the library whose calls are
+timed; a part called within another counts for itself alone, so the parts of a pass add up to the whole. Each number is
+the median over the repeats, given in ms for 4096 tokens and as a share of the pass.
+
+Nothing is timed unless the tests of the lambda layer pass.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from bench_speed import LOCAL_SCOPE, lambda_model, random_tokens
-
 import lambda_layer
-from environment import environment
+from benchmarks.calls import random_tokens
+from benchmarks.correctness import LAYER_TESTS, require_passing_tests
+from benchmarks.encoders import LOCAL_SCOPE, lambda_model
+from benchmarks.environment import environment
+from benchmarks.report import markdown_table, write_json
 
+REPORTED_TOKENS = 4096
 FUNCTIONS = {
     "position lambda": ("local_position_lambda", "direct_position_lambda", "fft_position_lambda"),
     "content lambda": ("content_lambda",),
@@ -44,21 +49,31 @@ PARTS = [
 ]
 
 
-class Stopwatch:
-    """Adds up the seconds of each part; a part's own, without those of the parts that it calls."""
+class PartStopwatch:
+    """Adds up the seconds of each part; a part's own, without those of the parts that it calls.
 
-    def __init__(self):
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+    Attributes:
+        seconds: of each part since `reset`.
+    """
+
+    def __init__(self) -> None:
         self.running = ["elsewhere"]
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
         self.since = time.perf_counter()
 
-    def switch(self):
+    def switch(self) -> None:
+        """Counts the time until now for the part that is running."""
         now = time.perf_counter()
         self.seconds[self.running[-1]] += now - self.since
         self.since = now
 
-    def timed(self, part, function):
-        def call(*args, **kwargs):
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its time counted for `part`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.switch()
             self.running.append(part)
             result = function(*args, **kwargs)
@@ -68,11 +83,16 @@ class Stopwatch:
 
         return call
 
-    def watch(self, model):
-        """Times the parts of one model; the functions of `lambda_layer` stay watched until they are set back."""
+    def watch_functions(self) -> ExitStack:
+        """A context in which the functions of `lambda_layer` are timed."""
+        stack = ExitStack()
         for part, names in FUNCTIONS.items():
             for name in names:
-                setattr(lambda_layer, name, self.timed(part, getattr(lambda_layer, name)))
+                stack.enter_context(patch.object(lambda_layer, name, self.timed(part, getattr(lambda_layer, name))))
+        return stack
+
+    def watch_modules(self, model: Any) -> None:
+        """Times the modules of a `LambdaBertModel` from now on."""
         model.embeddings.forward = self.timed("embeddings", model.embeddings.forward)
         for layer in model.encoder.layer:
             layer.feed_forward_chunk = self.timed("feed-forward", layer.feed_forward_chunk)
@@ -84,61 +104,70 @@ class Stopwatch:
 
 
 def profile(layers: int, length: int, scope: int | None, tokens: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each part for 4096 tokens."""
+    """Median milliseconds of each part for 4096 tokens.
+
+    Args:
+        layers: of the model.
+        length: of each sequence, in tokens.
+        scope: R, or None for a global one.
+        tokens: in a batch, or one sequence if that is longer.
+        repeats: timed passes.
+    """
     torch.manual_seed(0)
     model = lambda_model(layers, length, scope, pretraining=False).eval()
     inputs = random_tokens(max(1, tokens // length), length)
-    functions = {name: getattr(lambda_layer, name) for names in FUNCTIONS.values() for name in names}
-    stopwatch = Stopwatch()
-    stopwatch.watch(model)
+    stopwatch = PartStopwatch()
     runs = []
-    try:
-        with torch.inference_mode():
+    with stopwatch.watch_functions(), torch.inference_mode():
+        stopwatch.watch_modules(model)
+        model(inputs)
+        for _ in range(repeats):
+            stopwatch.reset()
             model(inputs)
-            for _ in range(repeats):
-                stopwatch.seconds = dict.fromkeys(PARTS, 0.0)
-                stopwatch.since = time.perf_counter()
-                model(inputs)
-                stopwatch.switch()
-                runs.append(stopwatch.seconds)
-    finally:
-        for name, function in functions.items():
-            setattr(lambda_layer, name, function)
-    return {part: statistics.median(run[part] for run in runs) * 1e3 * 4096 / inputs.numel() for part in PARTS}
+            stopwatch.switch()
+            runs.append(stopwatch.seconds)
+    scale = 1e3 * REPORTED_TOKENS / inputs.numel()
+    return {part: statistics.median(run[part] for run in runs) * scale for part in PARTS}
 
 
-def table(results: list[dict]) -> str:
-    heads = [f"{'global' if result['scope'] is None else 'local'}, {result['length']}" for result in results]
-    lines = ["| ms for 4096 tokens (share) | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+def table(results: list[dict[str, Any]]) -> str:
+    """A column for each scope and length, a row for each part."""
+    head = [f"ms for {REPORTED_TOKENS} tokens (share)"]
+    head += [f"{'global' if result['scope'] is None else 'local'}, {result['length']}" for result in results]
+    rows = []
     for part in PARTS:
-        cells = [f"{r['ms'][part]:.1f} ({r['ms'][part] / sum(r['ms'].values()):.1%})" for r in results]
-        lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        shares = [f"{r['ms'][part]:.1f} ({r['ms'][part] / sum(r['ms'].values()):.1%})" for r in results]
+        rows.append([part, *shares])
+    return markdown_table(head, rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 4096, 16384])
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.profile_layer", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 4096, 16384], help="tokens")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=4096, help="in a batch")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("runs/profile"))
-    options = parser.parse_args()
-    results = [
-        {
-            "scope": scope,
-            "length": length,
-            "ms": profile(options.layers, length, scope, options.tokens, options.repeats),
-        }
-        for scope in (LOCAL_SCOPE, None)
-        for length in options.lengths
-    ]
-    options.output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/profile"), help="folder of the table and JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
+    require_passing_tests(*LAYER_TESTS)
+    results: list[dict[str, Any]] = []
+    for scope in (LOCAL_SCOPE, None):
+        for length in options.lengths:
+            milliseconds = profile(options.layers, length, scope, options.tokens, options.repeats)
+            results.append({"scope": scope, "length": length, "ms": milliseconds})
     report = {"environment": environment("einops"), "layers": options.layers, "results": results}
-    (options.output / "profile.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.output / "profile.md").write_text(table(results))
+    write_json(options.output / "profile.json", report)
+    (options.output / "profile.md").write_text(table(results), encoding="utf-8")
     print(table(results), end="")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """How far single words tell the order of two segments: a linear baseline of sentence order prediction (SOP).
 
-    python benchmarks/sentence_order_words.py --tokenizer_name checkpoints/wikipedia-small --output words.json \
+    python -m benchmarks.sentence_order_words --tokenizer_name checkpoints/wikipedia-small --output words.json \
         --train_file 'enwiki2015/train-0[0-2].parquet' --validation_file enwiki2015/validation.parquet
 
 Takes the options of `DataArguments`, and makes the pairs of the pretraining command. A pair's score is the sum of one
@@ -9,34 +9,37 @@ number for each token of segment A, less that of segment B; logistic regression 
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from tqdm import trange
-from transformers import HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.environment import environment
+from benchmarks.report import write_json
+from benchmarks.runs import one_line_errors
 from corpora import load_corpus
-from environment import environment
 from pretraining_data import DataArguments, prepare_examples
-from training_run import load_tokenizer
+from training_run import load_tokenizer, parse_arguments
 
 
 @dataclass
 class BaselineArguments:
+    """The baseline's own options."""
+
     tokenizer_name: str = field(metadata={"help": "A folder, vocab.txt or hub name."})
     output: str = field(metadata={"help": "JSON file for the accuracy after each epoch."})
     epochs: int = 6
     learning_rate: float = 3e-3
-    batch_size: int = 256
+    batch_size: int = field(default=256, metadata={"help": "Pairs in a step."})
     seed: int = 42
 
 
-def scores(weights: torch.nn.EmbeddingBag, pairs: dict[str, list]) -> torch.Tensor:
+def scores(weights: torch.nn.EmbeddingBag, pairs: dict[str, list[Any]]) -> torch.Tensor:
     """[pairs]; above 0 means swapped. [CLS] adds a constant, and of the two [SEP] nothing is left."""
     ids = [torch.tensor(ids) for ids in pairs["input_ids"]]
     signs = 1 - 2 * torch.tensor([segment for types in pairs["token_type_ids"] for segment in types])
@@ -45,6 +48,7 @@ def scores(weights: torch.nn.EmbeddingBag, pairs: dict[str, list]) -> torch.Tens
 
 
 def accuracy(weights: torch.nn.EmbeddingBag, examples: Dataset, batch_size: int) -> float:
+    """Share of the pairs whose order is told."""
     with torch.no_grad():
         correct = sum(
             ((scores(weights, pairs) > 0) == torch.tensor(pairs["sentence_order_label"]).bool()).sum().item()
@@ -70,15 +74,16 @@ def train(examples: dict[str, Dataset], vocab_size: int, args: BaselineArguments
     return accuracies
 
 
-def main():
-    parser = HfArgumentParser((BaselineArguments, DataArguments), description=__doc__.partition("\n")[0])
-    parser.set_defaults(sop=True)
-    args, data_args = parser.parse_args_into_dataclasses()
-    tokenizer = load_tokenizer(args.tokenizer_name)
-    examples = {
-        split: prepare_examples(documents, tokenizer, data_args, seed=args.seed, training=split == "train")[0]
-        for split, documents in load_corpus(data_args, seed=args.seed).items()
-    }
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    given = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        args, data_args = parse_arguments([*given, "--sop"], (BaselineArguments, DataArguments))
+        tokenizer = load_tokenizer(args.tokenizer_name)
+        examples = {
+            split: prepare_examples(documents, tokenizer, data_args, seed=args.seed, training=split == "train")[0]
+            for split, documents in load_corpus(data_args, seed=args.seed).items()
+        }
     result = {
         "arguments": asdict(args),
         "data": asdict(data_args),
@@ -86,9 +91,10 @@ def main():
         "validation accuracy by epoch": train(examples, len(tokenizer), args),
         "environment": environment("datasets"),
     }
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(Path(args.output), result)
     print(json.dumps(result["validation accuracy by epoch"]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Turns a sentence encoder into a LambdaBERT, on one text, and compares the two on it.
 
-python examples/convert_and_compare.py sentence-transformers/all-MiniLM-L6-v2 my_text.txt models/mine --max_steps=500
+python -m examples.convert_and_compare sentence-transformers/all-MiniLM-L6-v2 my_text.txt models/mine --max_steps=500
 """
 
 import sys
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distill_from_bert import main
 
 teacher, text, folder, *options = sys.argv[1:]

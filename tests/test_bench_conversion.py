@@ -1,8 +1,6 @@
 """The benchmark of conversion: its recipe is complete, its measures are what they are called, and it runs once."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +8,16 @@ from transformers import BertModel
 
 pytest.importorskip("sentence_transformers")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import bench_conversion
-from bench_conversion import STARTS, longer, read_pairs, spearman
+from benchmarks import conversion
+from benchmarks.conversion import STARTS, longer, read_pairs, spearman
+from benchmarks.environment import ROOT
 from configuration_lambdabert import LambdaBertConfig
 from distill_from_bert import ARGUMENT_GROUPS
 from modeling_lambdabert import LambdaBertModel
 from training_run import parse_arguments
 from training_support import tiny_bert
 
-RECIPES = sorted((ROOT / "benchmarks" / "conversion").glob("*.json"))
+RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "conversion").glob("*.json"))
 
 
 @pytest.fixture
@@ -40,7 +36,7 @@ def sts_folder(tmp_path):
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_are_complete(file, tmp_path):
-    recipe = json.loads(file.read_text())
+    recipe = conversion.read_recipe(file, conversion.FIELDS, conversion.MODEL_FIELDS)
     for name, model in recipe["models"].items():
         overrides = recipe["distillation"]["config_overrides"] | model.get("config", {})
         options = recipe["distillation"] | model.get("options", {}) | {"config_overrides": overrides}
@@ -118,8 +114,8 @@ def test_tiny_benchmark_runs_once(text, sentence_teacher, sts_folder, tmp_path, 
     file.write_text(json.dumps(recipe))
     options = ["--text", str(text / "train.txt"), "--sts_folder", str(sts_folder), "--teacher", str(sentence_teacher)]
     options += ["--output", str(output), "--lengths", "8", "64", "--repeats", "2"]
-    monkeypatch.setattr(sys, "argv", ["bench_conversion.py", str(file), *options])
-    bench_conversion.main()
+    monkeypatch.setattr(conversion, "require_passing_tests", lambda *tests: None)
+    conversion.main([str(file), *options])
     results = json.loads((output / "results.json").read_text())
     assert len(list((output / "runs").iterdir())) == 4
     for name, runs in results["runs"].items():
@@ -135,6 +131,32 @@ def test_tiny_benchmark_runs_once(text, sentence_teacher, sts_folder, tmp_path, 
     assert all(row["seconds"]["teacher"] > 0 and row["seconds"]["student"] > 0 for row in results["speed"])
     assert (output / "curves.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(bench_conversion, "train", lambda *args: pytest.fail("a finished run was run again"))
-    bench_conversion.main()
-    assert "| LambdaBERT |" in capsys.readouterr().out
+    monkeypatch.setattr(conversion, "prepare", lambda *args: pytest.fail("a finished run was run or timed again"))
+    conversion.main([str(file), *options])
+    assert json.loads((output / "results.json").read_text()) == results
+    assert (output / "table.md").read_text() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model,option,message",
+    [
+        ({"start": "nowhere"}, {}, "model 'one': start='nowhere' is unknown"),
+        ({"options": {"sentence_weight": 1}}, {}, "unknown options: sentence_weight"),
+        ({}, {"--sts_folder": "nowhere"}, "sts_folder=nowhere: .* cannot be read as STS pairs"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(model, option, message, sts_folder, tmp_path, monkeypatch):
+    recipe = {"distillation": {"use_cpu": True}, "sts_steps": 1, "seeds": [1], "models": {"one": model}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    monkeypatch.setattr(conversion, "prepare", lambda *args: pytest.fail("something was prepared"))
+    options = {"--text": "a", "--teacher": "b", "--sts_folder": str(sts_folder), "--output": str(tmp_path / "output")}
+    flags = [part for item in (options | option).items() for part in item]
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
+        conversion.main([str(tmp_path / "recipe.json"), *flags])
+    assert "\n" not in str(caught.value) and not (tmp_path / "output").exists()
+
+
+def test_another_teacher_has_runs_of_its_own():
+    recipe = {"distillation": {}, "sts_steps": 1}
+    keys = {conversion.run_key(recipe, {}, 1, ["a"], teacher) for teacher in (None, "one", "other")}
+    assert len(keys) == 3

@@ -1,7 +1,6 @@
 """The quality benchmark: its recipes are complete, and its variants are what they are called."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +8,15 @@ import pytest
 import torch
 from transformers import set_seed
 
+from benchmarks import quality
+from benchmarks.environment import ROOT
+from benchmarks.lambda_variants import BERT_VARIANTS, VARIANTS, apply_variant, running_variant
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM
 from run_language_modeling import parse_arguments, start_at_frequencies
 from training_support import write_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import bench_quality
-from lambda_variants import VARIANTS, apply_variant, running_variant
-
-RECIPES = sorted((ROOT / "benchmarks" / "quality").glob("*.json"))
+RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "quality").glob("*.json"))
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_are_complete(file, tmp_path):
-    recipe = json.loads(file.read_text())
+    recipe = quality.read_recipe(file, quality.FIELDS, quality.MODEL_FIELDS)
     options = tmp_path / "options.json"
     for name, model in recipe["models"].items():
         overrides = recipe["pretraining"].get("config_overrides", {}) | model.get("config", {})
@@ -130,8 +126,8 @@ def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_
     }
     file, output = tmp_path / "recipe.json", tmp_path / "output"
     file.write_text(json.dumps(recipe))
-    monkeypatch.setattr(sys, "argv", ["bench_quality.py", str(file), "--output", str(output)])
-    bench_quality.main()
+    monkeypatch.setattr(quality, "require_passing_tests", lambda *tests: None)
+    quality.main([str(file), "--output", str(output)])
     results = json.loads((output / "results.json").read_text())
     assert len(list((output / "runs").iterdir())) == 5
     bert, lambdabert = results["runs"]["BERT"], results["runs"]["LambdaBERT"]
@@ -144,6 +140,38 @@ def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_
     assert bert[0]["test"]["test_mlm_loss"] == bert[0]["curve"][-1]["eval_mlm_loss"]
     assert all((output / name).stat().st_size > 10_000 for name in ("curves.png", "final.png"))
 
-    monkeypatch.setattr(bench_quality, "run", lambda *args: pytest.fail("a finished run was run again"))
-    bench_quality.main()
-    assert "| LambdaBERT |" in capsys.readouterr().out
+    table = (output / "table.md").read_text()
+    monkeypatch.setattr(quality, "prepare", lambda *args: pytest.fail("a finished run was run or timed again"))
+    quality.main([str(file), "--models", "LambdaBERT", "--output", str(output)])
+    assert json.loads((output / "results.json").read_text()) == results
+    assert (output / "table.md").read_text() == table and table in capsys.readouterr().out
+    assert len(list(output.glob("tokenizer_*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"architecture": "gpt"}, "model 'one': architecture='gpt'; use one of"),
+        ({"variant": "sideways"}, "variant='sideways' is unknown"),
+        ({"architecture": "bert", "variant": "flat E"}, "variant='flat E' changes lambda layers, which BERT lacks"),
+        ({"learning_rates": []}, "model 'one' has no learning_rates"),
+        ({"options": {"max_seq_lenght": 5}}, "unknown options: max_seq_lenght"),
+    ],
+)
+def test_faulty_models_are_refused_before_anything_runs(change, message, tmp_path, monkeypatch):
+    model = {"architecture": "lambdabert", "learning_rates": [1e-3], "max_steps": 1} | change
+    recipe = {"pretraining": {"objective": "mlm", "use_cpu": True}, "seeds": [1], "models": {"one": model}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    monkeypatch.setattr(quality, "prepare", lambda *args: pytest.fail("something was prepared"))
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as caught:
+        quality.main([str(tmp_path / "recipe.json"), "--output", str(tmp_path / "output")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("name", sorted(BERT_VARIANTS))
+def test_variants_of_bert_change_it(name, variant_model):
+    model = quality.bert(variant_model(None).config, "mlm")
+    start_at_frequencies(model, np.arange(model.config.vocab_size))
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    apply_variant(model, name)
+    assert any(not torch.equal(weight, before[key]) for key, weight in model.state_dict().items())

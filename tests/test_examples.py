@@ -19,12 +19,12 @@ def test_convert_and_compare(text, sentence_teacher, tmp_path):
     for steps in (1, 40):
         options = [f"--max_steps={steps}", "--learning_rate=1e-2", "--per_device_train_batch_size=8", "--use_cpu"]
         options += ["--max_seq_length=24", "--config_overrides=local_context_size=5", "--data_cache_dir"]
-        command = [sys.executable, ROOT / "examples" / "convert_and_compare.py", sentence_teacher, text / "train.txt"]
+        command = [sys.executable, "-m", "examples.convert_and_compare", sentence_teacher, text / "train.txt"]
         done = subprocess.run(
             [*command, tmp_path / str(steps), *options, tmp_path / "cache"],
             capture_output=True,
             text=True,
-            cwd=tmp_path,
+            cwd=ROOT,
             env=environment,
         )
         assert done.returncode == 0, done.stderr[-3000:]

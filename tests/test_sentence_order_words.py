@@ -1,14 +1,11 @@
 """The linear baseline of sentence order prediction."""
 
 import json
-import sys
-from pathlib import Path
 
+import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import sentence_order_words
+from benchmarks import sentence_order_words
 
 
 def test_swapped_segments_have_the_opposite_score():
@@ -23,7 +20,7 @@ def test_swapped_segments_have_the_opposite_score():
     )
 
 
-def test_finds_an_order_that_words_tell(text, tmp_path, monkeypatch):
+def test_finds_an_order_that_words_tell(text, tmp_path):
     places = ["near the sea", "in the garden", "at night", "behind the house", "on sunday", "for a friend"]
     sellers = ["he", "a sailor", "the old king", "my neighbour"]
     file, output = tmp_path / "text.txt", tmp_path / "words.json"
@@ -33,8 +30,16 @@ def test_finds_an_order_that_words_tell(text, tmp_path, monkeypatch):
     options = {"train_file": file, "validation_file": file, "tokenizer_name": text / "tokenizer", "output": output}
     options |= {"epochs": 8, "learning_rate": 0.1, "batch_size": 4, "data_cache_dir": tmp_path}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", ["sentence_order_words.py", *flags])
-    sentence_order_words.main()
+    sentence_order_words.main(flags)
     result = json.loads(output.read_text())
     assert result["pairs"] == {"train": 24, "validation": 24}
     assert result["validation accuracy by epoch"][-1] == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--tokenizer_name", "a"], ["--tokenizer_name", "a", "--output", "b", "--objective", "mlm"]]
+)
+def test_missing_and_contradicting_options_end_in_one_line(flags):
+    with pytest.raises(SystemExit, match="error: .*(output|objective)") as caught:
+        sentence_order_words.main(flags)
+    assert "\n" not in str(caught.value)

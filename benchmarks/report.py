@@ -1,0 +1,57 @@
+"""What the benchmarks write: Markdown tables, JSON records, and curves with the range of their seeds."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several values."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown, one line for each row, which ends in a newline."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def write_json(file: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record, and makes the folder for it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+class Curve(NamedTuple):
+    """What several seeds reached at the same points.
+
+    Attributes:
+        places: for each panel the place of each point.
+        values: for each point the values of the seeds.
+    """
+
+    places: Sequence[Sequence[float]]
+    values: Sequence[Sequence[float]]
+
+
+def draw_curves(panels: Sequence[Axes], curves: Mapping[str, Curve], labels: Sequence[str]) -> None:
+    """Draws named curves into each panel: a line at the mean of the seeds, a band over their range.
+
+    Args:
+        panels: one for each kind of place.
+        curves: by the name that the legend shows.
+        labels: of the panels' horizontal axes.
+    """
+    for name, curve in curves.items():
+        lows, means, highs = ([of(values) for values in curve.values] for of in (min, statistics.mean, max))
+        for panel, places in zip(panels, curve.places, strict=True):
+            (line,) = panel.plot(places, means, label=name, marker=".")
+            panel.fill_between(places, lows, highs, alpha=0.2, color=line.get_color())
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
