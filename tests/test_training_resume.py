@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import run_language_modeling
-from pretraining_trainer import is_whole, last_whole_checkpoint
+from run_folder import is_whole, last_whole_checkpoint
 from training_support import finish, start_command, write_recipe, write_text
 
 
