@@ -329,7 +329,11 @@ class InterruptibleTrainer(Trainer):
                 if not isinstance(scheduler.last_epoch, int) or not 0 <= scheduler.last_epoch <= self.state.global_step:
                     raise ValueError(f"its scheduler is at step {scheduler.last_epoch!r}")
                 # the schedule of this run's length, which may be another than the checkpoint's
-                for group, rate in zip(self.optimizer.param_groups, scheduler.get_lr(), strict=True):
+                scheduler._last_lr = [
+                    rate * schedule(scheduler.last_epoch)
+                    for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                ]
+                for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
                     group["lr"] = rate
 
     def _check_optimizer(self, given: list[dict]):
