@@ -28,6 +28,7 @@ from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_fir
 from pretraining_data import TextArguments, check_tokenizer, masking_collator
 from pretraining_trainer import non_finite_weights
 from run_folder import CheckpointError, read_record
+from run_settings import run_settings
 from training_report import plot_curves, write_report
 from training_run import (
     RunArguments,
@@ -36,7 +37,6 @@ from training_run import (
     note_precision,
     parse_overrides,
     run_command,
-    run_settings,
 )
 
 STUDENTS = {

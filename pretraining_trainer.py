@@ -105,8 +105,8 @@ class StopTogether(TrainerCallback):
 
     def __init__(self, trainer: "InterruptibleTrainer"):
         self.trainer = trainer
-        self.received = None
-        self.previous = {}
+        self.received: str | None = None
+        self.previous: dict[signal.Signals, object] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous = {number: signal.signal(number, self._receive) for number in self.signals}
@@ -249,7 +249,7 @@ class InterruptibleTrainer(Trainer):
             self.stop.restore()
 
     def not_finite(self, what: str) -> CheckpointError:
-        last = last_whole_checkpoint(self.args.output_dir)
+        last = last_whole_checkpoint(str(self.args.output_dir))
         return CheckpointError(
             f"{what} is not a finite number: training stopped and nothing was saved; "
             f"{'there is no checkpoint yet' if last is None else f'{last} is the last checkpoint'}. Give a lower "
@@ -289,7 +289,7 @@ class InterruptibleTrainer(Trainer):
     def _check_config(self, file: Path):
         if not file.exists():  # under FSDP
             return
-        own = json.loads(json.dumps(self.model.config.to_dict(), default=str))
+        own = json.loads(json.dumps(self.accelerator.unwrap_model(self.model).config.to_dict(), default=str))
         for field, value in json.loads(file.read_text(encoding="utf-8")).items():
             if field in own and field not in SAVING_FIELDS and own[field] != value:
                 raise ValueError(f"{file.name} has {field}={value!r}, and this run {own[field]!r}")
@@ -300,7 +300,8 @@ class InterruptibleTrainer(Trainer):
             self._check_config(checkpoint / CONFIG_NAME)
             files = [load_file(file) for file in checkpoint.glob("model*.safetensors")]
             weights = {name: weight for file in files for name, weight in file.items()}
-            self._issue_warnings_after_load(self.model.load_state_dict(weights, strict=False))
+            model = self.accelerator.unwrap_model(self.model)
+            self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))
 
     def _load_best_model(self):
         with reading(self.state.best_model_checkpoint):
@@ -321,11 +322,10 @@ class InterruptibleTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             if self.is_fsdp_enabled:
                 return
-            self._check_optimizer(given)
+            self._check_optimizer(self.optimizer, given)
             if isinstance(self.lr_scheduler, LambdaLR):
                 scheduler = self.lr_scheduler
-                if scheduler.base_lrs != rates:
-                    raise ValueError(f"its learning_rate is {scheduler.base_lrs[0]!r}, and this run's {rates[0]!r}")
+                self._check_setting("initial_lr", scheduler.base_lrs, rates)
                 if not isinstance(scheduler.last_epoch, int) or not 0 <= scheduler.last_epoch <= self.state.global_step:
                     raise ValueError(f"its scheduler is at step {scheduler.last_epoch!r}")
                 # the schedule of this run's length, which may be another than the checkpoint's
@@ -336,19 +336,14 @@ class InterruptibleTrainer(Trainer):
                 for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
                     group["lr"] = rate
 
-    def _check_optimizer(self, given: list[dict]):
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, given: list[dict]):
         """Compares a loaded optimizer with this run's: its settings, and which states it keeps for which weights."""
-        for own, loaded in zip(given, self.optimizer.param_groups, strict=True):
+        for own, loaded in zip(given, optimizer.param_groups, strict=True):
             for name, value in own.items():
-                if name in ("params", "lr", *OPTIMIZER_IMPLEMENTATION):
-                    continue
-                if loaded.get(name) != value:
-                    name = "learning_rate" if name == "initial_lr" else name
-                    raise ValueError(
-                        f"its {name} is {loaded.get(name, loaded.get('initial_lr'))!r}, this run's {value!r}"
-                    )
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        states = {weight: self.optimizer.state[weight] for weight in weights if self.optimizer.state.get(weight)}
+                if name not in ("params", "lr", *OPTIMIZER_IMPLEMENTATION):
+                    self._check_setting(name, loaded.get(name), value)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        states = {weight: optimizer.state[weight] for weight in weights if optimizer.state.get(weight)}
         keeps_states = any("betas" in group for group in given)
         if keeps_states and (not states or (len(states) < len(weights) and not self.args.ddp_find_unused_parameters)):
             raise ValueError(f"its optimizer knows {len(states)} of {len(weights)} weights")
@@ -362,6 +357,15 @@ class InterruptibleTrainer(Trainer):
                     raise ValueError(f"{name} of its optimizer has shape {list(value.shape)} for {list(weight.shape)}")
                 if not value.isfinite().all():
                     raise ValueError(f"{name} of its optimizer holds values that are not finite")
+
+    def _check_setting(self, name: str, loaded: object, own: object):
+        """Refuses a checkpoint of other settings, where no record of them had shown that."""
+        if loaded != own:
+            name = "learning_rate" if name == "initial_lr" else name
+            raise CheckpointError(
+                f"The checkpoint in output_dir={self.args.output_dir} has {name}={loaded!r}, and this run {own!r}: "
+                "give the same, or another --output_dir."
+            )
 
     def _load_scaler(self, checkpoint):
         with reading(checkpoint):

@@ -61,7 +61,6 @@ CHECKPOINT_PARTS = (
 )
 # how long a run is; a checkpoint is gone on from to another length by a rule of its own (`TrainingRun.check_length`)
 LENGTH_FIELDS = ("max_steps", "num_train_epochs", "attention_steps")
-DIFFERENCES_SHOWN = 10
 
 
 class CheckpointError(Exception):
@@ -84,7 +83,7 @@ def reading(folder):
         )
         raise CheckpointError(
             f"{folder} cannot be gone on from ({reason}). Remove it and start the same command again: it goes on from "
-            "the checkpoint before it."
+            "the checkpoint before it, if there is one."
         ) from error
 
 
@@ -153,7 +152,7 @@ def read_state(checkpoint: Path) -> TrainerState:
         CheckpointError: it holds something else, or another step's state.
     """
     with reading(checkpoint):
-        state = TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME)
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         expected = {
             **dict.fromkeys(("global_step", "max_steps", "train_batch_size", "num_input_tokens_seen"), (int,)),
             **dict.fromkeys(("epoch", "total_flos"), (int, float)),
@@ -236,6 +235,12 @@ def check_output_folder(output_dir: str | Path, training: bool):
         )
 
 
+def first_of(items: list[str], separator: str, count: int = 10) -> str:
+    """The first of many things to be named, and how many there are more."""
+    more = f" (and {len(items) - count} more)" if len(items) > count else ""
+    return separator.join(items[:count]) + more
+
+
 def check_same_run(output_dir: str | Path, settings: dict, resumed: bool):
     """Compares the settings of this run with those recorded in its output folder.
 
@@ -260,17 +265,14 @@ def check_same_run(output_dir: str | Path, settings: dict, resumed: bool):
             elif record[group][field] != value and not (resumed and field in LENGTH_FIELDS):
                 differences.append(f"{field} is {record[group][field]!r} there and {value!r} here")
     if differences:
-        more = len(differences) - DIFFERENCES_SHOWN
-        more = f" (and {more} more)" if more > 0 else ""
         raise ValueError(
-            f"output_dir={output_dir} belongs to another run: {'; '.join(differences[:DIFFERENCES_SHOWN])}{more}. "
+            f"output_dir={output_dir} belongs to another run: {first_of(differences, '; ')}. "
             "Nothing was overwritten; give another --output_dir to start afresh, or the same settings to go on."
         )
     if unrecorded:
-        more = len(unrecorded) - DIFFERENCES_SHOWN
         logger.warning(
-            f"{Path(output_dir) / RUN_SETTINGS_NAME} does not record {', '.join(unrecorded[:DIFFERENCES_SHOWN])}"
-            f"{f' and {more} more' if more > 0 else ''}: taken to be what this command gives."
+            f"{Path(output_dir) / RUN_SETTINGS_NAME} does not record {first_of(unrecorded, ', ')}: taken to be what "
+            "this command gives."
         )
 
 

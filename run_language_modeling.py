@@ -34,6 +34,7 @@ from pretraining_data import (
     train_wordpiece,
 )
 from pretraining_trainer import PretrainingTrainer, non_finite_weights
+from run_settings import run_settings
 from training_report import OBJECTIVES, plot_curves, top_predictions, unigram_baseline, write_report
 from training_run import (
     RunArguments,
@@ -42,7 +43,6 @@ from training_run import (
     note_precision,
     parse_overrides,
     run_command,
-    run_settings,
 )
 
 logger = logging.getLogger("run_language_modeling")
@@ -174,14 +174,14 @@ def make_config(model_args, tokenizer, max_seq_length):
     return config
 
 
-def make_model(model_class, config, source, overrides=None):
+def make_model(model_class, config, source, *, overridden: bool):
     """Builds a new model, or loads one from `source`, in float32 whatever it is stored in.
 
     Args:
         model_class: one of `MODEL_CLASSES`.
         config: a `LambdaBertConfig`.
         source: a folder or hub name, or None. Its head may be another's; the log names the weights that are new.
-        overrides: the fields of the config that were given, for messages.
+        overridden: whether the config is another than that of `source`.
 
     Raises:
         ValueError: the weights are unreadable or not finite, or the encoder's are others than the config says.
@@ -189,7 +189,7 @@ def make_model(model_class, config, source, overrides=None):
     if source is None:
         return model_class(config)
     note_precision(source, config.to_dict())
-    advice = "drop the --config_overrides that change them" if overrides else "its folder is damaged; name another"
+    advice = "drop the --config_overrides that change them" if overridden else "its folder is damaged; name another"
     try:
         model, loaded = model_class.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
@@ -264,7 +264,10 @@ class Pretraining(TrainingRun):
         self.tokenizer.model_max_length = config.longest_sequence or VERY_LARGE_INTEGER
         set_seed(self.training_args.seed)
         self.model = make_model(
-            MODEL_CLASSES[data_args.objective], config, model_args.model_name_or_path, model_args.config_overrides
+            MODEL_CLASSES[data_args.objective],
+            config,
+            model_args.model_name_or_path,
+            overridden=model_args.config_overrides is not None,
         )
 
     def start_from_text(self):
@@ -305,7 +308,9 @@ class Pretraining(TrainingRun):
 
     def show(self, trainer):
         if self.model_args.masked_sentence and trainer.is_world_process_zero():
-            logger.info(top_predictions(self.training_args.output_dir, self.model_args.masked_sentence))
+            args = self.training_args
+            source = args.output_dir if args.do_train else self.model_args.model_name_or_path
+            logger.info(top_predictions(source, self.model_args.masked_sentence))
 
 
 def main(argv=None):

@@ -302,7 +302,9 @@ class TestStoredModel:
         model, folder = stored
         model.to(dtype).save_pretrained(folder)
         with caplog.at_level("INFO"):
-            loaded = make_model(LambdaBertForMaskedLM, LambdaBertConfig.from_pretrained(folder), str(folder))
+            loaded = make_model(
+                LambdaBertForMaskedLM, LambdaBertConfig.from_pretrained(folder), str(folder), overridden=False
+            )
         assert f"stored in {str(dtype).removeprefix('torch.')} and computed in float32" in caplog.text
         assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
         for name, weight in model.state_dict().items():
@@ -313,11 +315,11 @@ class TestStoredModel:
     def test_new_and_left_out_heads_are_named(self, stored, caplog):
         model, folder = stored
         with caplog.at_level("INFO"):
-            grown = make_model(LambdaBertForPreTrainingSOP, model.config, str(folder))
+            grown = make_model(LambdaBertForPreTrainingSOP, model.config, str(folder), overridden=False)
         assert "New weights" in caplog.text and "bert.pooler.dense.weight" in caplog.text
         grown.save_pretrained(folder)
         with caplog.at_level("INFO"):
-            make_model(LambdaBertForMaskedLM, model.config, str(folder))
+            make_model(LambdaBertForMaskedLM, model.config, str(folder), overridden=False)
         assert "Left out weights" in caplog.text and "cls.seq_relationship.weight" in caplog.text
 
     @pytest.mark.parametrize(
@@ -336,7 +338,7 @@ class TestStoredModel:
         change(weights)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=named) as error:
-            make_model(LambdaBertForMaskedLM, model.config, str(folder))
+            make_model(LambdaBertForMaskedLM, model.config, str(folder), overridden=False)
         assert "config_overrides" not in str(error.value), "none were given"
 
 
