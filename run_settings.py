@@ -73,8 +73,12 @@ def run_settings(run, **model) -> dict[str, dict]:
     rules = {**json.loads(run.tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
     data["tokenizer"] = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
     config = {name: value for name, value in run.model.config.to_dict().items() if name != "transformers_version"}
+    training = training_settings(run.training_args)
+    if run.data_args.streaming:
+        # each process of the loader reads a part of the stream
+        training["dataloader_num_workers"] = run.training_args.dataloader_num_workers
     if depends_on_evaluation(run.training_args):
         data["evaluation examples"] = run.evaluation_text
     model = {"command": type(run).__name__, **config, **model}
-    settings = {"data": data, "model": model, "training": training_settings(run.training_args)}
+    settings = {"data": data, "model": model, "training": training}
     return json.loads(json.dumps(settings, default=str))

@@ -221,7 +221,7 @@ class TrainingRun:
     """A run of a command: everything is read and checked on construction, and nothing written before `run`.
 
     A command gives `trainer_class`, `label_names`, `hub_names`, `check_options`, `open_model`, `make_model`,
-    `collator`, `describe` and `report`.
+    `collator`, `describe`, `report` and, where there is something to see, `show`.
 
     Attributes:
         tokenizer, model: what is trained.
@@ -331,9 +331,9 @@ class TrainingRun:
             if state is not None and state.global_step == steps:
                 logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
                 record = read_record(args.output_dir) or record
-                reported = record.get("reported") == self.reported(steps)
+                complete = self.is_reported(record, steps)
                 trainer.accelerator.wait_for_everyone()
-                if reported:
+                if complete:
                     logger.info(f"{args.output_dir} is complete and stays as it is.")
                     self.show(trainer)
                     return
@@ -357,7 +357,9 @@ class TrainingRun:
             with writing(args.output_dir):
                 self.report(trainer.state, metrics)
                 if args.do_train:
-                    record_run(args.output_dir, record | {"reported": self.reported(steps)})
+                    evaluated = self.evaluation_text if args.do_eval else None
+                    reported = {"steps": steps, "evaluation": evaluated, "files": result_files(args.output_dir)}
+                    record_run(args.output_dir, record | {"reported": reported})
         self.show(trainer)
 
     @property
@@ -365,15 +367,19 @@ class TrainingRun:
         """Tells prepared texts of evaluation apart; None without one, or where it cannot be told."""
         return getattr(self.examples.get("validation"), "_fingerprint", None)
 
-    def reported(self, steps: int) -> dict:
-        """What a complete result was made of: as long as it stands as it was reported, nothing is left to do."""
-        args = self.training_args
-        return {
-            "steps": steps,
-            "do_eval": args.do_eval,
-            "evaluation": self.evaluation_text,
-            "files": result_files(args.output_dir),
-        }
+    def is_reported(self, record: dict, steps: int) -> bool:
+        """Whether the output folder holds the whole result of this run, as it was reported.
+
+        Args:
+            record: the folder's.
+            steps: of this run.
+        """
+        reported = record.get("reported")
+        if not isinstance(reported, dict) or reported.get("steps") != steps:
+            return False
+        text = self.evaluation_text
+        evaluated = not self.training_args.do_eval or (text is not None and reported.get("evaluation") == text)
+        return evaluated and reported.get("files") == result_files(self.training_args.output_dir)
 
     def evaluate(self, trainer, same_text: bool):
         """Metrics of the trained model: the last evaluation's, where that was at the last step.

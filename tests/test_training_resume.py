@@ -124,7 +124,7 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
     assert_same_weights(finished, output_dir)
 
 
-def test_stream_goes_on_in_a_later_pass(text, tmp_path):
+def test_stream_goes_on_in_a_later_pass(text, tmp_path, capfd):
     stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 16, "save_steps": 8, "do_eval": None}
     recipes = [recipe_for(text, tmp_path / name, **stream, eval_steps=None) for name in ("whole", "killed")]
     log = tmp_path / "log"
@@ -136,6 +136,8 @@ def test_stream_goes_on_in_a_later_pass(text, tmp_path):
     assert finish(start_command([recipes[1]], log)) == [0], log.read_text()
     assert "checkpoint-8, step 8 of 16" in log.read_text()
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    message = complaint(recipes[1], capfd, "--dataloader_num_workers", "2")
+    assert "dataloader_num_workers is 0 there and 2 here" in message, "the order of a stream depends on it"
 
 
 def test_finished_run_started_again_changes_no_file(text, finished, tmp_path, caplog):
@@ -145,6 +147,7 @@ def test_finished_run_started_again_changes_no_file(text, finished, tmp_path, ca
     watching = dict(logging_steps=1, save_steps=2, eval_steps=3, per_device_eval_batch_size=2, save_total_limit=1)
     assert run_language_modeling.main([recipe_for(text, output_dir, **watching, dataloader_num_workers=1)]) == 0
     assert "nothing is left to train" in caplog.text and "stays as it is" in caplog.text
+    assert run_language_modeling.main([recipe_for(text, output_dir, do_eval=False, eval_steps=None)]) == 0
     assert contents(output_dir) == before
 
 
