@@ -12,6 +12,7 @@ import hashlib
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import transformers
@@ -25,8 +26,18 @@ import modeling_lambdabert
 from bert_conversion import check_bert
 from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
 from pretraining_data import TextArguments, check_tokenizer, masking_collator
+from pretraining_trainer import non_finite_weights
+from run_folder import CheckpointError, read_record
+from run_settings import run_settings
 from training_report import plot_curves, write_report
-from training_run import RunArguments, TrainingRun, load_tokenizer, parse_overrides, run_command, run_settings
+from training_run import (
+    RunArguments,
+    TrainingRun,
+    load_tokenizer,
+    note_precision,
+    parse_overrides,
+    run_command,
+)
 
 STUDENTS = {
     "BertModel": "LambdaBertModel",
@@ -216,11 +227,12 @@ def load_sentence_transformer(name):
         raise ValueError(
             f"teacher={name} is a sentence-transformers model: install it with `pip install sentence-transformers`."
         ) from None
-    model = SentenceTransformer(name, device="cpu")
+    model = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
     transformer = getattr(model[0], "auto_model", None)
     if transformer is None:
         raise ValueError(f"teacher={name} starts with a {type(model[0]).__name__}, not with a BERT.")
     check_bert(transformer.config.to_dict(), name)
+    note_precision(f"teacher={name}", BertConfig.get_config_dict(name)[0])
     return model
 
 
@@ -232,13 +244,14 @@ def load_bert_and_tokenizer(name):
     """
     fields, _ = BertConfig.get_config_dict(name)
     check_bert(fields, name)
+    note_precision(f"teacher={name}", fields)
     architecture = next(iter(fields.get("architectures") or ()), None)
     bert_class = getattr(transformers, architecture) if architecture in STUDENTS else BertModel
     try:
         tokenizer = load_tokenizer(name)
     except ValueError as error:
         raise no_tokenizer(name) from error
-    return bert_class.from_pretrained(name), tokenizer
+    return bert_class.from_pretrained(name, dtype=torch.float32), tokenizer
 
 
 def no_tokenizer(name):
@@ -308,10 +321,12 @@ class Distillation(TrainingRun):
                 bert, self.tokenizer = self.sentence_transformer[0].auto_model, self.sentence_transformer.tokenizer
             else:
                 bert, self.tokenizer = load_bert_and_tokenizer(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UnpicklingError) as error:
             raise ValueError(f"teacher={name} cannot be read ({error}); name a folder or a hub model.") from error
         check_teachers_tokenizer(self.tokenizer, bert.config, name)
         self.teacher = Teacher(bert, tuple(self.sentence_transformer or ())[1:])
+        if bad := non_finite_weights(bert, *self.teacher.sentence_modules):
+            raise ValueError(f"teacher={name} has weights that are not finite ({', '.join(bad[:3])}); name another.")
         self.weights = self.loss_weights()
         if data_args.examples is None:
             data_args.examples = "stretches" if "masked_tokens" in self.weights.used else "sentences"
@@ -366,7 +381,21 @@ class Distillation(TrainingRun):
 
     def describe(self):
         losses = {f"{name}_weight": weight for name, weight in asdict(self.weights).items()}
-        return run_settings(self, **losses, **{"the teacher's weights": weights_hash(self.teacher.model)})
+        settings = run_settings(self, **losses, **{"the teacher's weights": weights_hash(self.teacher.model)})
+        # examples of similar length come together, a batch at a time
+        settings["training"]["per_device_train_batch_size"] = self.training_args.per_device_train_batch_size
+        return settings
+
+    def check_length(self, state, steps):
+        super().check_length(state, steps)
+        now, recorded = self.training_args.attention_steps, read_record(self.training_args.output_dir) or {}
+        before = recorded.get("training", {}).get("attention_steps", now)
+        planned, first = steps_of_first_stage(before, state.max_steps), steps_of_first_stage(now, steps)
+        if planned != first and state.global_step > min(planned, first):
+            raise CheckpointError(
+                f"attention_steps={now:g} of {steps} steps makes a first stage of {first}, but that of this run has "
+                f"{planned} and {self.checkpoint} is beyond one of them: give --attention_steps {planned}."
+            )
 
     def collator(self):
         collator = masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed)

@@ -2,153 +2,38 @@
 
 `InterruptibleTrainer` is what it has in common with that of distillation.
 
-A checkpoint is whole once its `trainer_state.json`, which is written after everything else, is there and every file
-beside it can be opened; anything else is never loaded.
+Weights that are not finite are never written, and a checkpoint that does not fit the run is never taken up.
 """
 
 import itertools
 import json
 import logging
 import math
-import re
 import shutil
 import signal
 import time
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
+from transformers.utils import CONFIG_NAME
+
+from run_folder import CheckpointError, last_whole_checkpoint, read_state, reading, writing
 
 logger = logging.getLogger(__name__)
 
 SENTENCE_LABELS = ("next_sentence_label", "sentence_order_label")
-RUN_SETTINGS_NAME = "run_settings.json"
-# what a run leaves at the top of its output folder, besides the checkpoints
-RUN_FILES = (
-    "config.json",
-    "model*.safetensors*",
-    "modules.json",
-    "tokenizer*",
-    "metrics.json",
-    "README.md",
-    "training_curves.png",
-)
-CHECKPOINT_PARTS = (
-    ("trainer_state.json",),
-    ("config.json", "pytorch_model_fsdp*"),
-    ("model*.safetensors", "pytorch_model_fsdp*"),
-    ("optimizer*",),
-    ("scheduler.pt",),
-    ("rng_state*.pth",),
-)
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written; the text says where and what to do."""
-
-
-def is_readable(file):
-    """Whether a JSON, safetensors or torch file is complete, by its structure alone."""
-    if file.suffix == ".json":
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            return False
-    elif file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError:
-            return False
-    elif file.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(file)
-    return True
-
-
-def is_whole(checkpoint):
-    """Whether nothing is missing from a checkpoint folder and no file in it is cut short."""
-    return all(any(any(checkpoint.glob(name)) for name in names) for names in CHECKPOINT_PARTS) and all(
-        is_readable(file) for file in checkpoint.rglob("*") if file.is_file()
-    )
-
-
-def last_whole_checkpoint(output_dir):
-    """The checkpoint of the most steps that can be resumed from, or None; the log names those that cannot."""
-    numbered = [
-        (int(match[1]), folder)
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and folder.is_dir()
-    ]
-    for _, folder in sorted(numbered, reverse=True):
-        if is_whole(folder):
-            return folder
-        logger.warning(f"{folder} was not written to its end and is not used.")
-    return None
-
-
-def check_output_folder(output_dir):
-    """Refuses a folder whose files this command did not write.
-
-    Raises:
-        ValueError: saving would overwrite files of something else.
-    """
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={output_dir} is a file; name a folder.")
-    if (folder / RUN_SETTINGS_NAME).exists():
-        return
-    foreign = sorted(file.name for name in (*RUN_FILES, f"{PREFIX_CHECKPOINT_DIR}-*") for file in folder.glob(name))
-    if foreign:
-        raise ValueError(
-            f"output_dir={output_dir} holds {', '.join(foreign[:5])} from something else than this command; "
-            "nothing was overwritten; give another --output_dir."
-        )
-
-
-def check_same_run(output_dir, settings):
-    """Compares the settings of this run with those recorded in its output folder.
-
-    Args:
-        settings: {group: {field: JSON value}}.
-
-    Raises:
-        ValueError: the folder belongs to a run with other settings; the text names them.
-    """
-    file = Path(output_dir) / RUN_SETTINGS_NAME
-    if not file.exists():
-        return
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{file} cannot be read as JSON; give another --output_dir.") from None
-    differences = [
-        f"{field} is {recorded.get(group, {}).get(field)!r} there and {value!r} here"
-        for group, fields in settings.items()
-        for field, value in fields.items()
-        if recorded.get(group, {}).get(field) != value
-    ]
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise ValueError(
-            f"output_dir={output_dir} belongs to another run: {'; '.join(differences[:3])}{more}. Nothing was "
-            "overwritten; give another --output_dir to start afresh, or the same settings to go on."
-        )
-
-
-def record_run(output_dir, settings):
-    """Marks the output folder as this run's."""
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    file = Path(output_dir) / RUN_SETTINGS_NAME
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+# implementations of one optimizer, which change nothing but rounding
+OPTIMIZER_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
+# fields of a saved config that say how it was saved
+SAVING_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 def example_sums(logits, sentence_logits, inputs):
@@ -207,37 +92,43 @@ def pretraining_metrics(prediction: EvalPrediction):
     return metrics
 
 
-class StopOnSignal(TrainerCallback):
-    """Ends training after the running step, with a checkpoint, at SIGTERM or Ctrl-C; a second signal kills."""
+class StopTogether(TrainerCallback):
+    """Ends training after the running step in all processes at once, whichever of them has a reason.
+
+    SIGTERM or Ctrl-C end it with a checkpoint (a second signal kills), a loss that is not finite without one.
+
+    Args:
+        trainer: an `InterruptibleTrainer`.
+    """
 
     signals = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
-        self.received = None
+    def __init__(self, trainer: "InterruptibleTrainer"):
+        self.trainer = trainer
+        self.received: str | None = None
+        self.previous: dict[signal.Signals, object] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def _receive(self, number, frame):
         self.received = signal.Signals(number).name
-        self._restore()
+        self.restore()
 
-    def _restore(self):
+    def restore(self):
+        """Gives signals back to whom they belonged."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = torch.tensor(float(self.received is not None), device=self.accelerator.device)
-        # the signal may reach one process a step earlier than another
-        if self.accelerator.num_processes > 1:
-            stop = self.accelerator.reduce(stop)
-        if stop > 0:
+        reasons = torch.stack([self.trainer.diverged.new_tensor(self.received is not None), self.trainer.diverged])
+        signalled, diverged = (count > 0 for count in self.trainer.sum_over_processes(reasons.float()).tolist())
+        if diverged:
+            raise self.trainer.not_finite(f"The loss of step {state.global_step}")
+        if signalled:
+            # the signal may reach one process a step earlier than another
             self.received = self.received or "a signal"
             control.should_training_stop = control.should_save = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._restore()
 
 
 class EpochMasks(TrainerCallback):
@@ -303,6 +194,21 @@ def mlm_logits(outputs, masked):
     return logits[masked] if logits.dim() == 3 else logits
 
 
+def non_finite_weights(*modules: nn.Module) -> list[str]:
+    """Names of parameters and buffers that hold a NaN or an infinity."""
+    weights = [
+        (name, weight)
+        for module in modules
+        for name, weight in itertools.chain(module.named_parameters(), module.named_buffers())
+        if weight.is_floating_point()
+    ]
+    if not weights:
+        return []
+    # of a sharded weight, the part that is here; one transfer from the device for all
+    finite = [(x.to_local() if hasattr(x, "to_local") else x).isfinite().all() for _, x in weights]
+    return [name for (name, _), good in zip(weights, torch.stack(finite).tolist(), strict=True) if not good]
+
+
 class InterruptibleTrainer(Trainer):
     """A Trainer that saves and ends at SIGTERM, never takes up half a checkpoint, and resumes streams and time.
 
@@ -320,19 +226,40 @@ class InterruptibleTrainer(Trainer):
             **kwargs,
         )
         self.eval_collator = eval_collator
-        self.stop = StopOnSignal(self.accelerator)
+        # whether a loss of this process was not finite
+        self.diverged = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        self.stop = StopTogether(self)
         self.add_callback(self.stop)
         if not streamed:
             self.add_callback(EpochMasks(data_collator))
         # wall-clock time of this run: `seconds` so far when `clock` was read
         self.seconds, self.clock = 0.0, time.monotonic()
 
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values) if self.accelerator.num_processes > 1 else values
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         if resume_from_checkpoint:
-            state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
+            state = read_state(Path(resume_from_checkpoint))
             self.seconds = max((record.get("seconds", 0.0) for record in state.log_history), default=0.0)
         self.clock = time.monotonic()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.stop.restore()
+
+    def not_finite(self, what: str) -> CheckpointError:
+        last = last_whole_checkpoint(str(self.args.output_dir))
+        return CheckpointError(
+            f"{what} is not a finite number: training stopped and nothing was saved; "
+            f"{'there is no checkpoint yet' if last is None else f'{last} is the last checkpoint'}. Give a lower "
+            "--learning_rate and another --output_dir."
+        )
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.diverged |= ~loss.isfinite()
+        return loss
 
     def get_eval_dataloader(self, eval_dataset=None):
         train_collator, self.data_collator = self.data_collator, self.eval_collator
@@ -347,15 +274,123 @@ class InterruptibleTrainer(Trainer):
         logs["seconds"] = round(self.seconds + time.monotonic() - self.clock, 2)
         super().log(logs, start_time)
 
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        trained = super()._init_training_state(max_steps, *args, **kwargs)
+        # a checkpoint's state brings how often the run that wrote it logged, evaluated and saved
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        return trained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(resume_from_checkpoint):
+            self._check_config(Path(resume_from_checkpoint) / CONFIG_NAME)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _check_config(self, file: Path):
+        if not file.exists():  # under FSDP
+            return
+        own = json.loads(json.dumps(self.accelerator.unwrap_model(self.model).config.to_dict(), default=str))
+        for field, value in json.loads(file.read_text(encoding="utf-8")).items():
+            if field in own and field not in SAVING_FIELDS and own[field] != value:
+                raise ValueError(f"{file.name} has {field}={value!r}, and this run {own[field]!r}")
+
+    def load_weights(self, checkpoint: Path):
+        """Takes up the weights of a checkpoint alone."""
+        with reading(checkpoint):
+            self._check_config(checkpoint / CONFIG_NAME)
+            files = [load_file(file) for file in checkpoint.glob("model*.safetensors")]
+            weights = {name: weight for file in files for name, weight in file.items()}
+            model = self.accelerator.unwrap_model(self.model)
+            self._issue_warnings_after_load(model.load_state_dict(weights, strict=False))
+
+    def _load_best_model(self):
+        with reading(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
     def _issue_warnings_after_load(self, load_result):
         # a tied weight is stored once, under the name of the other
-        if set(load_result.missing_keys) - set(self.model.all_tied_weights_keys) or load_result.unexpected_keys:
-            super()._issue_warnings_after_load(load_result)
+        missing = sorted(set(load_result.missing_keys) - set(self.model.all_tied_weights_keys))
+        if missing:
+            raise ValueError(f"its weights lack {', '.join(missing[:3])}")
+        if load_result.unexpected_keys:
+            raise ValueError(f"its weights have no place for {', '.join(sorted(load_result.unexpected_keys)[:3])}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        given = [dict(group) for group in self.optimizer.param_groups]
+        rates = getattr(self.lr_scheduler, "base_lrs", None)
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.is_fsdp_enabled:
+                return
+            self._check_optimizer(self.optimizer, given)
+            if isinstance(self.lr_scheduler, LambdaLR):
+                scheduler = self.lr_scheduler
+                self._check_setting("initial_lr", scheduler.base_lrs, rates)
+                if not isinstance(scheduler.last_epoch, int) or not 0 <= scheduler.last_epoch <= self.state.global_step:
+                    raise ValueError(f"its scheduler is at step {scheduler.last_epoch!r}")
+                # the schedule of this run's length, which may be another than the checkpoint's
+                scheduler._last_lr = [
+                    rate * schedule(scheduler.last_epoch)
+                    for rate, schedule in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                ]
+                for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                    group["lr"] = rate
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, given: list[dict]):
+        """Compares a loaded optimizer with this run's: its settings, and which states it keeps for which weights."""
+        for own, loaded in zip(given, optimizer.param_groups, strict=True):
+            for name, value in own.items():
+                if name not in ("params", "lr", *OPTIMIZER_IMPLEMENTATION):
+                    self._check_setting(name, loaded.get(name), value)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        states = {weight: optimizer.state[weight] for weight in weights if optimizer.state.get(weight)}
+        keeps_states = any("betas" in group for group in given)
+        if keeps_states and (not states or (len(states) < len(weights) and not self.args.ddp_find_unused_parameters)):
+            raise ValueError(f"its optimizer knows {len(states)} of {len(weights)} weights")
+        if len({frozenset(state) for state in states.values()}) > 1:
+            raise ValueError("its optimizer keeps other values for some weights than for others")
+        for weight, state in states.items():
+            for name, value in state.items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if value.numel() > 1 and value.shape != weight.shape:
+                    raise ValueError(f"{name} of its optimizer has shape {list(value.shape)} for {list(weight.shape)}")
+                if not value.isfinite().all():
+                    raise ValueError(f"{name} of its optimizer holds values that are not finite")
+
+    def _check_setting(self, name: str, loaded: object, own: object):
+        """Refuses a checkpoint of other settings, where no record of them had shown that."""
+        if loaded != own:
+            name = "learning_rate" if name == "initial_lr" else name
+            raise CheckpointError(
+                f"The checkpoint in output_dir={self.args.output_dir} has {name}={loaded!r}, and this run {own!r}: "
+                "give the same, or another --output_dir."
+            )
+
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if not (Path(checkpoint) / own).exists():
+            logger.info(
+                f"{checkpoint} was written by another number of processes: each step sees the same examples, but "
+                "dropout differs from that of an uninterrupted run."
+            )
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         # trainer_state.json comes next: no process may still be writing when it appears
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        bad = non_finite_weights(self.model)
+        if self.sum_over_processes(self.diverged.new_tensor(len(bad), dtype=torch.float)) > 0:
+            raise self.not_finite(f"A weight after step {self.state.global_step} ({', '.join(bad[:3])})")
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -363,13 +398,11 @@ class InterruptibleTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+        except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)
-            raise CheckpointError(
-                f"{folder} could not be written ({error}). Free or add space and start the same command again: "
-                "it goes on from the last whole checkpoint."
-            ) from error
+            raise
 
 
 class PretrainingTrainer(InterruptibleTrainer):

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -20,6 +21,7 @@ from transformers import set_seed
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import training_run
+from bert_conversion import bare
 from configuration_lambdabert import LambdaBertConfig
 from corpora import document_texts
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
@@ -31,9 +33,17 @@ from pretraining_data import (
     masking_collator,
     train_wordpiece,
 )
-from pretraining_trainer import PretrainingTrainer
+from pretraining_trainer import PretrainingTrainer, non_finite_weights
+from run_settings import run_settings
 from training_report import OBJECTIVES, plot_curves, top_predictions, unigram_baseline, write_report
-from training_run import RunArguments, TrainingRun, load_tokenizer, parse_overrides, run_command, run_settings
+from training_run import (
+    RunArguments,
+    TrainingRun,
+    load_tokenizer,
+    note_precision,
+    parse_overrides,
+    run_command,
+)
 
 logger = logging.getLogger("run_language_modeling")
 
@@ -44,6 +54,8 @@ MODEL_CLASSES = {
 }
 DEFAULT_TOKENIZER = "google-bert/bert-base-cased"
 TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_size", "lowercase")
+# names of an encoder's weights begin so
+ENCODER = ("embeddings.", "encoder.")
 STREAMED_TOKENIZER_DOCUMENTS = 200_000
 COUNTED_EXAMPLES = 20_000
 
@@ -162,23 +174,44 @@ def make_config(model_args, tokenizer, max_seq_length):
     return config
 
 
-def make_model(model_class, config, source):
-    """Builds a new model, or loads one from `source`.
+def make_model(model_class, config, source, *, overridden: bool):
+    """Builds a new model, or loads one from `source`, in float32 whatever it is stored in.
+
+    Args:
+        model_class: one of `MODEL_CLASSES`.
+        config: a `LambdaBertConfig`.
+        source: a folder or hub name, or None. Its head may be another's; the log names the weights that are new.
+        overridden: whether the config is another than that of `source`.
 
     Raises:
-        ValueError: the weights are unreadable or of another shape.
+        ValueError: the weights are unreadable or not finite, or the encoder's are others than the config says.
     """
     if source is None:
         return model_class(config)
+    note_precision(source, config.to_dict())
+    advice = "drop the --config_overrides that change them" if overridden else "its folder is damaged; name another"
     try:
-        return model_class.from_pretrained(source, config=config)
-    except (OSError, SafetensorError) as error:
+        model, loaded = model_class.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"{source} holds no weights that can be read ({error}).") from error
     except RuntimeError as error:
-        raise ValueError(
-            f"The weights of {source} have another shape than the config ({error}); drop the --config_overrides that "
-            "change shapes."
-        ) from error
+        raise ValueError(f"The weights of {source} have another shape than the config ({error}): {advice}.") from error
+    missing, left_out = (sorted(loaded[kind]) for kind in ("missing_keys", "unexpected_keys"))
+    wrong = [name for name in missing + left_out if bare(name).startswith(ENCODER)]
+    if wrong:
+        lacks, unknown = ([name for name in wrong if name in names] for names in (missing, left_out))
+        parts = [f"lacks {', '.join(lacks[:3])}"] if lacks else []
+        parts += [f"has no place for {', '.join(unknown[:3])}"] if unknown else []
+        raise ValueError(f"The encoder of {source} does not fit the config: it {' and '.join(parts)}; {advice}.")
+    if missing:
+        logger.info(f"New weights, which {source} does not have: {', '.join(missing)}.")
+    if left_out:
+        logger.info(f"Left out weights of {source}: {', '.join(left_out)}.")
+    if bad := non_finite_weights(model):
+        raise ValueError(f"{source} has weights that are not finite ({', '.join(bad[:3])}); name another model.")
+    return model
 
 
 def start_at_frequencies(model, counts):
@@ -230,7 +263,12 @@ class Pretraining(TrainingRun):
         config = make_config(model_args, self.tokenizer, data_args.max_seq_length)
         self.tokenizer.model_max_length = config.longest_sequence or VERY_LARGE_INTEGER
         set_seed(self.training_args.seed)
-        self.model = make_model(MODEL_CLASSES[data_args.objective], config, model_args.model_name_or_path)
+        self.model = make_model(
+            MODEL_CLASSES[data_args.objective],
+            config,
+            model_args.model_name_or_path,
+            overridden=model_args.config_overrides is not None,
+        )
 
     def start_from_text(self):
         if "train" in self.examples and self.model_args.model_name_or_path is None:
@@ -243,9 +281,9 @@ class Pretraining(TrainingRun):
     def collator(self):
         return masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed)
 
-    def evaluate(self, trainer):
+    def evaluate(self, trainer, same_text):
         """The final evaluation and, for comparison, what word frequencies alone reach on the same masked tokens."""
-        metrics = super().evaluate(trainer)
+        metrics = super().evaluate(trainer, same_text)
         metrics |= unigram_baseline(self.examples.get("train"), self.examples["validation"], self.tokenizer)
         logger.info(
             f"MLM loss of the evaluation text {metrics['eval_mlm_loss']:.3f} nats per masked token; "
@@ -265,11 +303,14 @@ class Pretraining(TrainingRun):
             objective=OBJECTIVES[self.data_args.objective],
             sentence=self.model_args.masked_sentence or "Paris is the [MASK] of France.",
         )
-        if not self.training_args.do_train:
-            return
-        plot_curves(state.log_history, folder / "training_curves.png")
-        if self.model_args.masked_sentence:
-            logger.info(top_predictions(folder, self.model_args.masked_sentence))
+        if self.training_args.do_train:
+            plot_curves(state.log_history, folder / "training_curves.png")
+
+    def show(self, trainer):
+        if self.model_args.masked_sentence and trainer.is_world_process_zero():
+            args = self.training_args
+            source = args.output_dir if args.do_train else self.model_args.model_name_or_path
+            logger.info(top_predictions(source, self.model_args.masked_sentence))
 
 
 def main(argv=None):

@@ -1,13 +1,12 @@
 """What the commands that train have in common: options, text and tokenizer, and a run that survives interruption."""
 
-import hashlib
 import json
 import logging
 import os
 import resource
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -15,30 +14,40 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    HfArgumentParser,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from corpora import UnreadableTextError, load_corpus
 from pretraining_data import prepare_examples
-from pretraining_trainer import (
+from run_folder import (
     CheckpointError,
     check_output_folder,
     check_same_run,
     last_whole_checkpoint,
+    read_record,
+    read_state,
     record_run,
+    result_files,
+    writing,
 )
 from training_report import describe_run
 
 logger = logging.getLogger(__name__)
 
-# these change where and how fast data are prepared, not what they are
-PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers", "validation_file", "max_eval_samples")
 DRY_RUN_DOCUMENTS = 500
 LOGGED_MODULES = (
     "corpora",
     "distill_from_bert",
     "pretraining_data",
     "pretraining_trainer",
+    "run_folder",
     "run_language_modeling",
     "training_report",
     "training_run",
@@ -170,20 +179,16 @@ def parse_overrides(overrides):
     return values
 
 
-def run_settings(run, **model):
-    """What makes a run this run, as JSON values: {group: {field: value}}.
+def note_precision(name: str, config: dict):
+    """Says so where a model is stored in another precision than it is trained and evaluated in.
 
     Args:
-        run: a `TrainingRun`.
-        model: fields of the group "model" beside the config's.
+        name: how the message calls it.
+        config: the fields of its stored config.
     """
-    data = {name: value for name, value in asdict(run.data_args).items() if name not in PLACE_AND_SPEED_FIELDS}
-    data["prepared examples"] = getattr(run.examples.get("train"), "_fingerprint", None)
-    rules = {**json.loads(run.tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
-    data["tokenizer"] = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
-    config = {name: value for name, value in run.model.config.to_dict().items() if name != "transformers_version"}
-    training = {name: getattr(run.training_args, name) for name in ("seed", "data_seed")}
-    return json.loads(json.dumps({"data": data, "model": config | model, "training": training}, default=str))
+    stored = str(config.get("dtype") or config.get("torch_dtype") or torch.float32).removeprefix("torch.")
+    if stored != "float32":
+        logger.info(f"{name} is stored in {stored} and computed in float32 (--bf16 or --fp16: in mixed precision).")
 
 
 def peak_memory(device):
@@ -201,11 +206,22 @@ def first_documents(documents):
     return documents.select(range(min(DRY_RUN_DOCUMENTS, len(documents))))
 
 
+class RecordRun(TrainerCallback):
+    """Marks the output folder as a run's when its first step is near: what can be refused has been by then."""
+
+    def __init__(self, record: dict):
+        self.record = record
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            record_run(args.output_dir, self.record)
+
+
 class TrainingRun:
     """A run of a command: everything is read and checked on construction, and nothing written before `run`.
 
     A command gives `trainer_class`, `label_names`, `hub_names`, `check_options`, `open_model`, `make_model`,
-    `collator`, `describe` and `report`.
+    `collator`, `describe`, `report` and, where there is something to see, `show`.
 
     Attributes:
         tokenizer, model: what is trained.
@@ -230,10 +246,10 @@ class TrainingRun:
             # every process reads the stream and keeps its share: batches padded to different lengths cannot be split
             training_args.accelerator_config.dispatch_batches = False
         output_dir = training_args.output_dir
-        check_output_folder(output_dir)
+        train = training_args.do_train or training_args.dry_run
+        check_output_folder(output_dir, train)
         self.checkpoint = last_whole_checkpoint(output_dir)
         training_args.label_names = self.label_names
-        train = training_args.do_train or training_args.dry_run
         evaluate = training_args.do_eval
         use_cache_if_hub_is_unreachable(data_args.dataset_name, *self.hub_names())
         self.open_model()
@@ -254,7 +270,7 @@ class TrainingRun:
         self.settings = self.describe()
         saved = self.checkpoint or any(Path(output_dir).glob("model*.safetensors"))
         if saved and training_args.do_train and not training_args.dry_run:
-            check_same_run(output_dir, self.settings)
+            check_same_run(output_dir, self.settings, resumed=self.checkpoint is not None)
 
     def start_from_text(self):
         """What a new model's weights owe to the prepared text; nothing unless a command says so."""
@@ -297,38 +313,83 @@ class TrainingRun:
         logger.info("The dry run went through; nothing was written to output_dir.")
 
     def run(self):
-        """Trains, evaluates and reports.
+        """Trains, evaluates and reports; of a run that is finished and reported, nothing is written again.
 
         Raises:
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: a checkpoint cannot be gone on from, the loss is not finite, or the disk is full.
         """
         args = self.training_args
-        if args.do_train and args.process_index == 0:
-            record_run(args.output_dir, self.settings)
         trainer = self.trainer()
+        # the text of the evaluations that the checkpoints' history holds
+        record = self.settings | {"evaluation": self.evaluation_text}
         if args.do_train:
             steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
             logger.info(describe_run(self.model, self.summaries, steps, args))
-            if self.checkpoint is None:
-                trainer.train()
+            state = None if self.checkpoint is None else read_state(self.checkpoint)
+            if state is not None:
+                self.check_length(state, steps)
+            if state is not None and state.global_step == steps:
+                logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
+                record = read_record(args.output_dir) or record
+                complete = self.is_reported(record, steps)
+                trainer.accelerator.wait_for_everyone()
+                if complete:
+                    logger.info(f"{args.output_dir} is complete and stays as it is.")
+                    self.show(trainer)
+                    return
+                self.restore(trainer, state)
             else:
-                self.resume(trainer, steps)
+                trainer.add_callback(RecordRun(record))
+                if state is not None:
+                    logger.info(f"Going on from {self.checkpoint}, step {state.global_step} of {steps}.")
+                trainer.train(resume_from_checkpoint=None if state is None else str(self.checkpoint))
             if trainer.stop.received:
                 logger.info(
                     f"Stopped by {trainer.stop.received} after step {trainer.state.global_step}, with a checkpoint; "
                     "the same command goes on from there."
                 )
                 return
-            self.save(trainer)
-        metrics = self.evaluate(trainer) if args.do_eval else {}
+            with writing(args.output_dir):
+                self.save(trainer)
+        same_text = self.evaluation_text is not None and record.get("evaluation") == self.evaluation_text
+        metrics = self.evaluate(trainer, same_text) if args.do_eval else {}
         if trainer.is_world_process_zero():
-            self.report(trainer.state, metrics)
+            with writing(args.output_dir):
+                self.report(trainer.state, metrics)
+                if args.do_train:
+                    evaluated = self.evaluation_text if args.do_eval else None
+                    reported = {"steps": steps, "evaluation": evaluated, "files": result_files(args.output_dir)}
+                    record_run(args.output_dir, record | {"reported": reported})
+        self.show(trainer)
 
-    def evaluate(self, trainer):
-        """Metrics of the trained model: the last evaluation's, where that was at the last step."""
+    @property
+    def evaluation_text(self) -> str | None:
+        """Tells prepared texts of evaluation apart; None without one, or where it cannot be told."""
+        return getattr(self.examples.get("validation"), "_fingerprint", None)
+
+    def is_reported(self, record: dict, steps: int) -> bool:
+        """Whether the output folder holds the whole result of this run, as it was reported.
+
+        Args:
+            record: the folder's.
+            steps: of this run.
+        """
+        reported = record.get("reported")
+        if not isinstance(reported, dict) or reported.get("steps") != steps:
+            return False
+        text = self.evaluation_text
+        evaluated = not self.training_args.do_eval or (text is not None and reported.get("evaluation") == text)
+        return evaluated and reported.get("files") == result_files(self.training_args.output_dir)
+
+    def evaluate(self, trainer, same_text: bool):
+        """Metrics of the trained model: the last evaluation's, where that was at the last step.
+
+        Args:
+            same_text: whether the evaluations of the Trainer's history are of this run's text.
+        """
         history = trainer.state.log_history
         last = [record for record in history if "eval_loss" in record and record["step"] == trainer.state.global_step]
-        if not last or self.training_args.load_best_model_at_end:
+        if not last or not same_text or self.training_args.load_best_model_at_end:
             return trainer.evaluate()
         return {name: value for name, value in last[-1].items() if name.startswith("eval_")}
 
@@ -336,16 +397,35 @@ class TrainingRun:
         """Writes what was trained into the output folder."""
         trainer.save_model()
 
-    def resume(self, trainer, steps):
-        """Goes on from the last whole checkpoint, unless it is the last step's."""
-        state = TrainerState.load_from_json(self.checkpoint / TRAINER_STATE_NAME)
-        if state.global_step < steps:
-            logger.info(f"Going on from {self.checkpoint}, step {state.global_step} of {steps}.")
-            trainer.train(resume_from_checkpoint=str(self.checkpoint))
-            return
-        logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
+    def show(self, trainer):
+        """What the log shows of the finished model; nothing unless a command says so."""
+
+    def check_length(self, state: TrainerState, steps: int):
+        """Refuses fewer steps than are done, and says so where a run is longer or shorter than it was planned.
+
+        Args:
+            state: the checkpoint's.
+            steps: of the whole run.
+
+        Raises:
+            CheckpointError: the checkpoint is beyond the end of the run.
+        """
+        if steps < state.global_step:
+            raise CheckpointError(
+                f"{self.checkpoint} is beyond the {steps} steps of this run: give --max_steps {state.global_step} or "
+                "more, or another --output_dir."
+            )
+        if steps != state.max_steps:
+            logger.info(
+                f"The run was planned for {state.max_steps} steps and now has {steps}: from step {state.global_step} "
+                f"on, the learning rate follows the schedule of {steps} steps."
+            )
+
+    def restore(self, trainer, state: TrainerState):
+        """Takes up the result of a finished run from its checkpoints."""
         trainer.state = state
-        trainer.model.load_state_dict(type(trainer.model).from_pretrained(self.checkpoint).state_dict())
+        best = self.checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        trainer.load_weights(best if self.training_args.load_best_model_at_end and best.exists() else self.checkpoint)
 
 
 def set_up_logging(training_args):

@@ -1,14 +1,17 @@
 """The command that turns a BERT into a LambdaBERT: its teachers, results, resuming, and what it says to a mistake."""
 
+import fnmatch
 import json
+import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_modeling_common import run_elsewhere
 from test_training_resume import assert_same_weights, wait_for
 from transformers import (
@@ -20,8 +23,9 @@ from transformers import (
 
 import distill_from_bert
 from bert_conversion import POSITION_TABLE
-from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
+from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES, load_bert_and_tokenizer, load_sentence_transformer
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
+from run_folder import RUN_FILES
 from training_run import parse_arguments
 from training_support import BERTS, SCHEDULE, finish, start_command, start_distributed, tiny_bert
 
@@ -153,6 +157,9 @@ model.encode(" ".join(texts * 8))
         history = json.loads((output_dir / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
         vectors = [record["eval_sentences"] for record in history if "eval_sentences" in record]
         assert vectors[-1] < vectors[0]
+        known = (*RUN_FILES, "run_settings.json", "checkpoint-*")
+        files = [file.name for file in output_dir.iterdir()]
+        assert [name for name in files if not any(fnmatch.fnmatch(name, pattern) for pattern in known)] == []
 
     def test_student_without_position_embeddings(self, text, teachers, tmp_path):
         overrides = {**RECIPE["config_overrides"], "position_embedding_type": "none"}
@@ -251,6 +258,30 @@ class TestInterruption:
         recipe = write_recipe(tmp_path / "again.json", text, other, output_dir=str(finished[0]))
         assert distill_from_bert.main([recipe]) == 1
         assert "belongs to another run" in capfd.readouterr().err
+
+    def test_longer_run_does_not_go_back_to_the_first_stage(self, text, teachers, finished, capfd, tmp_path):
+        shutil.copytree(finished[0], tmp_path / "run")
+        recipe = write_recipe(tmp_path / "run.json", text, teachers / "classifier", max_steps=16)
+        assert distill_from_bert.main([recipe]) == 1
+        assert "give --attention_steps 6" in capfd.readouterr().err
+        assert distill_from_bert.main([recipe, "--attention_steps", "6"]) == 0
+        history = json.loads((tmp_path / "run" / "checkpoint-16" / "trainer_state.json").read_text())["log_history"]
+        assert [record["step"] for record in history if "attention" in record] == [3, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_teachers_compute_in_float32_whatever_they_are_stored_in(teachers, sentence_teacher, tmp_path, caplog, dtype):
+    for folder in (teachers / "classifier", sentence_teacher):
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy)
+        weights = load_file(copy / "model.safetensors")
+        save_file({name: weight.to(dtype) for name, weight in weights.items()}, copy / "model.safetensors")
+        fields = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(fields | {"dtype": str(dtype).removeprefix("torch.")}))
+    bert, _ = load_bert_and_tokenizer(str(tmp_path / "classifier"))
+    sentences = load_sentence_transformer(str(tmp_path / "sentences"))
+    for model in (bert, sentences):
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_dry_run_writes_nothing(text, teachers, tmp_path):
@@ -354,6 +385,14 @@ class TestMistakes:
         for file in (teachers / "classifier").iterdir():
             (teacher / file.name).write_bytes(file.read_bytes()[: 2000 if file.suffix == ".safetensors" else None])
         assert str(teacher) in self.complaint(capfd, tmp_path, text, teacher)
+
+    def test_weights_that_are_not_finite(self, capfd, tmp_path, text):
+        bert = tiny_bert(vocab_size=200)
+        bert.encoder.layer[1].output.dense.bias.data[3] = math.nan
+        bert.save_pretrained(tmp_path / "teacher")
+        AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(tmp_path / "teacher")
+        said = self.complaint(capfd, tmp_path, text, tmp_path / "teacher")
+        assert "not finite (encoder.layer.1.output.dense.bias" in said
 
     def test_folder_of_something_else(self, capfd, tmp_path, text, teachers):
         (tmp_path / "run").mkdir()

@@ -34,6 +34,7 @@ from modeling_lambdabert import (
     LambdaBertModel,
 )
 from pretraining_data import masking_collator
+from run_folder import CheckpointError
 from training_run import RunArguments
 from training_support import tiny_bert
 
@@ -377,6 +378,40 @@ class TestFirstStage:
         assert trainer.evaluate()["eval_layers"] < start / 2
         losses = [record["attention"] for record in trainer.state.log_history if "attention" in record]
         assert losses[-1] < losses[0] / 2
+
+
+class TestNotFinite:
+    @pytest.mark.parametrize("stage", ["attention_losses", "examples_losses"])
+    def test_loss_stops_training(self, make_trainer, monkeypatch, stage):
+        teacher = Teacher(tiny_bert())
+        student = LambdaBertModel.from_bert(teacher.model, **SETTINGS)
+        trainer = make_trainer(
+            teacher, student, LossWeights(layers=1), max_steps=4, attention_steps=2, learning_rate=1e-3
+        )
+        losses = getattr(trainer, stage)
+        monkeypatch.setattr(trainer, stage, lambda *args: losses(*args) * math.inf)
+        step = {"attention_losses": 1, "examples_losses": 3}[stage]
+        with pytest.raises(CheckpointError, match=f"loss of step {step} is not a finite number"):
+            trainer.train()
+
+    def test_gradients_that_a_scaler_would_skip_do_not(self, make_trainer, monkeypatch):
+        teacher = Teacher(tiny_bert())
+        student = LambdaBertModel.from_bert(teacher.model, **SETTINGS)
+        trainer = make_trainer(teacher, student, LossWeights(layers=1), max_steps=2, max_grad_norm=0)
+        student.embeddings.word_embeddings.weight.register_hook(lambda gradient: gradient * math.inf)
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: None)
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+    def test_weight_is_never_written(self, make_trainer, tmp_path):
+        teacher = Teacher(tiny_bert())
+        student = LambdaBertModel.from_bert(teacher.model, **SETTINGS)
+        trainer = make_trainer(teacher, student, LossWeights(layers=1))
+        trainer.save_model(tmp_path / "good")
+        student.encoder.layer[1].output.dense.bias.data[3] = math.nan
+        with pytest.raises(CheckpointError, match=r"encoder\.layer\.1\.output\.dense\.bias"):
+            trainer.save_model(tmp_path / "bad")
+        assert (tmp_path / "good" / "model.safetensors").exists() and not (tmp_path / "bad").exists()
 
 
 class TestSimilarLengths:

@@ -1,6 +1,9 @@
 """Training in two processes is training in one with the same global batch."""
 
 import json
+import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.distributed.fsdp import fully_shard
 import pretraining_data
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM
+from pretraining_trainer import PretrainingTrainer
+from run_folder import is_whole
 from training_support import RECIPE, finish, start_command, start_distributed, write_recipe
 
 SHARDED_CONFIG = {
@@ -71,6 +76,45 @@ def test_two_processes_equal_one_with_the_same_global_batch(text, one_process, t
     )
     for name in ("eval_mlm_loss", "eval_mlm_accuracy", "eval_sentence_loss", "eval_masked_tokens", "eval_tokens"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_goes_on_with_another_number_of_processes(text, one_process, tmp_path):
+    """Each step sees the examples that it would have seen."""
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    shutil.copy(one_process[1] / "run_settings.json", output_dir)
+    shutil.copytree(one_process[1] / "checkpoint-8", output_dir / "checkpoint-8")
+    weights, printed = run(text, output_dir, processes=2, per_device_train_batch_size=2)
+    assert "another number of processes" in printed
+    assert_equal_to_rounding(one_process[0], weights)
+
+
+def test_loss_that_is_not_finite_in_one_process_stops_all(text, tmp_path, monkeypatch):
+    """With one line; the checkpoint before it stays."""
+    compute_loss = PretrainingTrainer.compute_loss
+
+    def spoiled(self, *args, **kwargs):
+        loss = compute_loss(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 7 and os.environ["RANK"] == "1" else loss
+
+    monkeypatch.setattr(PretrainingTrainer, "compute_loss", spoiled)
+    output_dir, log = tmp_path / "run", tmp_path / "log"
+    recipe = write_recipe(
+        tmp_path / "run.json",
+        output_dir=str(output_dir),
+        train_file=[str(text / "train.txt")],
+        tokenizer_name=str(text / "tokenizer"),
+        data_cache_dir=str(tmp_path / "cache"),
+        per_device_train_batch_size=2,
+        do_eval=False,
+        eval_steps=None,
+    )
+    assert finish(*start_distributed([recipe], log)) == [1, 1], log.read_text()
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "loss of step 8" in errors[0] and f"{output_dir / 'checkpoint-4'} is" in errors[0]
+    assert "Traceback" not in log.read_text()
+    assert [folder.name for folder in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert is_whole(output_dir / "checkpoint-4") and not (output_dir / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,27 @@
 """A pretraining run that is interrupted in any way goes on as if nothing had happened, or says why it cannot."""
 
 import errno
+import fnmatch
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import modeling_utils
 
 import run_language_modeling
-from pretraining_trainer import is_whole, last_whole_checkpoint
+from run_folder import CODE_FILES, RUN_FILES, check_output_folder, is_whole, last_whole_checkpoint
+from run_settings import COMPUTING_FIELDS, EVALUATION_FIELDS, WATCHING_FIELDS
+from training_run import RunArguments
 from training_support import finish, start_command, write_recipe, write_text
 
 
@@ -38,6 +45,29 @@ def finished(text, tmp_path_factory):
     log = output_dir.with_suffix(".log")
     assert finish(start_command([recipe_for(text, output_dir)], log)) == [0], log.read_text()
     return output_dir
+
+
+@pytest.fixture
+def after_8_of_12_steps(finished, tmp_path):
+    """A copy of that folder from before the end of the run."""
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    shutil.copy(finished / "run_settings.json", output_dir)
+    shutil.copytree(finished / "checkpoint-8", output_dir / "checkpoint-8")
+    return output_dir
+
+
+def contents(folder):
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
+
+
+def complaint(recipe, capfd, *flags):
+    """The one line that the command ends with."""
+    assert run_language_modeling.main([recipe, *flags]) == 1
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    return lines[0]
 
 
 def wait_for(file, process):
@@ -68,6 +98,18 @@ def test_killed_twice_ends_with_the_weights_of_an_uninterrupted_run(text, finish
     assert_same_weights(finished, output_dir)
 
 
+def test_killed_before_the_first_checkpoint_starts_again_from_the_same_weights(text, finished, tmp_path):
+    output_dir, log = tmp_path / "run", tmp_path / "log"
+    recipe = recipe_for(text, output_dir)
+    process = start_command([recipe], log)
+    wait_for(output_dir / "run_settings.json", process)
+    os.kill(process, signal.SIGKILL)
+    finish(process)
+    assert not list(output_dir.glob("checkpoint-*/trainer_state.json"))
+    assert finish(start_command([recipe], log)) == [0], log.read_text()
+    assert_same_weights(finished, output_dir)
+
+
 def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
     output_dir, log = tmp_path / "run", tmp_path / "log"
     recipe = recipe_for(text, output_dir)
@@ -82,7 +124,7 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
     assert_same_weights(finished, output_dir)
 
 
-def test_stream_goes_on_in_a_later_pass(text, tmp_path):
+def test_stream_goes_on_in_a_later_pass(text, tmp_path, capfd):
     stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 16, "save_steps": 8, "do_eval": None}
     recipes = [recipe_for(text, tmp_path / name, **stream, eval_steps=None) for name in ("whole", "killed")]
     log = tmp_path / "log"
@@ -94,18 +136,166 @@ def test_stream_goes_on_in_a_later_pass(text, tmp_path):
     assert finish(start_command([recipes[1]], log)) == [0], log.read_text()
     assert "checkpoint-8, step 8 of 16" in log.read_text()
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    message = complaint(recipes[1], capfd, "--dataloader_num_workers", "2")
+    assert "dataloader_num_workers is 0 there and 2 here" in message, "the order of a stream depends on it"
 
 
-def test_finished_run_started_again_trains_nothing(text, finished, tmp_path):
+def test_finished_run_started_again_changes_no_file(text, finished, tmp_path, caplog):
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
-    log = tmp_path / "log"
-    assert finish(start_command([recipe_for(text, output_dir)], log)) == [0], log.read_text()
-    assert "nothing is left to train" in log.read_text()
+    before = contents(output_dir)
+    watching = dict(logging_steps=1, save_steps=2, eval_steps=3, per_device_eval_batch_size=2, save_total_limit=1)
+    assert run_language_modeling.main([recipe_for(text, output_dir, **watching, dataloader_num_workers=1)]) == 0
+    assert "nothing is left to train" in caplog.text and "stays as it is" in caplog.text
+    assert run_language_modeling.main([recipe_for(text, output_dir, do_eval=False, eval_steps=None)]) == 0
+    assert contents(output_dir) == before
+
+
+@pytest.mark.parametrize("full", ["model", "report"])
+def test_full_disk_at_the_end_is_said_and_the_same_command_completes_the_result(
+    text, finished, tmp_path, monkeypatch, capfd, full
+):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    for name in ("model.safetensors", "README.md", "training_curves.png"):
+        (output_dir / name).unlink()
+    recipe = recipe_for(text, output_dir)
+
+    def fail(*args, **kwargs):
+        raise {"model": SafetensorError, "report": OSError}[full](os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full_disk:
+        saves = {"model": (modeling_utils, "safe_save_file"), "report": (run_language_modeling, "plot_curves")}
+        full_disk.setattr(*saves[full], fail)
+        assert "No space left" in complaint(recipe, capfd)
+    assert is_whole(output_dir / "checkpoint-12")
+    assert run_language_modeling.main([recipe]) == 0
     assert_same_weights(finished, output_dir)
+    assert (output_dir / "training_curves.png").read_bytes() == (finished / "training_curves.png").read_bytes()
+    # the last checkpoint was written a moment before the end
+    cards = [set((folder / "README.md").read_text().splitlines()) for folder in (finished, output_dir)]
+    assert all(line.startswith("| seconds |") for line in cards[0] ^ cards[1])
     before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (finished, output_dir))
-    assert after["eval"]["eval_mlm_loss"] == before["eval"]["eval_mlm_loss"]
     assert {**after["train"], "seconds": None} == {**before["train"], "seconds": None}
+    assert {**after, "train": None} == {**before, "train": None}
+
+
+def test_other_evaluation_text_of_a_finished_run_is_evaluated(text, finished, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    flags = ["--validation_file", write_text(tmp_path / "other.txt", documents=3, seed=9)]
+    losses = []
+    for _ in range(2):
+        assert run_language_modeling.main([recipe_for(text, output_dir), *flags]) == 0
+        losses.append(json.loads((output_dir / "metrics.json").read_text())["eval"]["eval_mlm_loss"])
+    assert losses[0] == losses[1] != json.loads((finished / "metrics.json").read_text())["eval"]["eval_mlm_loss"]
+    assert_same_weights(finished, output_dir)
+
+
+def test_longer_run_follows_the_schedule_of_its_new_length(text, finished, tmp_path):
+    output_dir, log = tmp_path / "run", tmp_path / "log"
+    shutil.copytree(finished, output_dir)
+    recipe = recipe_for(text, output_dir, max_steps=20, logging_steps=1, save_steps=5)
+    assert finish(start_command([recipe], log)) == [0], log.read_text()
+    assert "planned for 12 steps and now has 20" in log.read_text()
+    assert is_whole(output_dir / "checkpoint-15"), "how often it is saved may change"
+    history = json.loads((output_dir / "checkpoint-20" / "trainer_state.json").read_text())["log_history"]
+    rates = {record["step"]: record["learning_rate"] for record in history if "learning_rate" in record}
+    warmup = 2  # 0.06 of 20 steps
+    for step in range(13, 21):
+        assert rates[step] == pytest.approx(5e-3 * (20 - (step - 1)) / (20 - warmup)), step
+
+
+def test_fewer_steps_than_are_done_are_refused(text, after_8_of_12_steps, tmp_path, capfd):
+    before = contents(after_8_of_12_steps)
+    message = complaint(recipe_for(text, after_8_of_12_steps), capfd, "--max_steps", "7")
+    assert "checkpoint-8" in message and "--max_steps 8" in message
+    assert contents(after_8_of_12_steps) == before
+
+
+class Attack:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def spoil_tensors(file, change):
+    values = torch.load(file, weights_only=False)
+    change(values)
+    torch.save(values, file)
+
+
+def spoil_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def spoil_weights(file, change):
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: torch.save(Attack(folder / "attacked"), folder / "optimizer.pt"),
+        lambda folder: torch.save({"cpu": Attack(folder / "attacked")}, folder / "rng_state.pth"),
+        lambda folder: spoil_tensors(folder / "optimizer.pt", lambda values: values["state"].pop(3)),
+        lambda folder: spoil_tensors(folder / "optimizer.pt", lambda values: values["state"].clear()),
+        lambda folder: spoil_tensors(
+            folder / "optimizer.pt", lambda values: values["state"][3]["exp_avg"].fill_(math.nan)
+        ),
+        lambda folder: spoil_tensors(
+            folder / "optimizer.pt", lambda values: values["param_groups"][0].update(lr=1, eps=1)
+        ),
+        lambda folder: spoil_tensors(folder / "scheduler.pt", lambda values: values.update(base_lrs=[1.0, 1.0])),
+        lambda folder: spoil_tensors(folder / "scheduler.pt", lambda values: values.update(last_epoch="8")),
+        lambda folder: torch.save({}, folder / "rng_state.pth"),
+        lambda folder: spoil_weights(folder / "model.safetensors", lambda weights: weights.popitem()),
+        lambda folder: spoil_weights(folder / "model.safetensors", lambda weights: weights.update(more=torch.ones(2))),
+        lambda folder: spoil_json(folder / "config.json", hidden_size=64),
+        lambda folder: spoil_json(folder / "trainer_state.json", global_step="8"),
+        lambda folder: spoil_json(folder / "trainer_state.json", train_batch_size=None),
+        lambda folder: spoil_json(folder / "trainer_state.json", log_history=[{"step": "8"}]),
+        lambda folder: spoil_json(folder / "trainer_state.json", another=1),
+    ],
+    ids=[
+        *("optimizer with code", "random state with code", "optimizer lacks a weight", "optimizer is empty"),
+        *("optimizer holds nan", "optimizer of other settings", "scheduler of another rate", "scheduler of wrong type"),
+        *("random state is empty", "weight missing", "weight unknown", "config contradicts"),
+        *("step of wrong type", "batch of wrong type", "history of wrong type", "state unknown"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused(text, after_8_of_12_steps, capfd, spoil):
+    spoil(after_8_of_12_steps / "checkpoint-8")
+    message = complaint(recipe_for(text, after_8_of_12_steps), capfd)
+    assert re.search("checkpoint-8 cannot be gone on from|The checkpoint in .* has (eps|learning_rate)=", message)
+    assert not (after_8_of_12_steps / "checkpoint-8" / "attacked").exists()
+    assert not (after_8_of_12_steps / "model.safetensors").exists()
+
+
+def test_record_of_an_earlier_version_can_be_gone_on_from(text, finished, after_8_of_12_steps, tmp_path, capfd):
+    """Such a record has seeds alone of the Trainer's arguments; the rate is then compared with the checkpoint's."""
+    file = after_8_of_12_steps / "run_settings.json"
+    record = json.loads(file.read_text())
+    del record["evaluation"], record["reported"], record["model"]["command"]
+    seeds = {name: record["training"][name] for name in ("seed", "data_seed")}
+    file.write_text(json.dumps(record | {"training": seeds}))
+    before = contents(after_8_of_12_steps)
+    recipe, log = recipe_for(text, after_8_of_12_steps), tmp_path / "log"
+    assert "has learning_rate=0.005, and this run 0.001" in complaint(recipe, capfd, "--learning_rate", "0.001")
+    assert contents(after_8_of_12_steps) == before
+    assert finish(start_command([recipe], log)) == [0], log.read_text()
+    assert "does not record" in log.read_text()
+    assert_same_weights(finished, after_8_of_12_steps)
+
+
+def test_arguments_that_may_change_exist():
+    assert {*WATCHING_FIELDS, *COMPUTING_FIELDS, *EVALUATION_FIELDS} <= {field.name for field in fields(RunArguments)}
 
 
 def test_checkpoint_that_lacks_a_part_or_is_cut_short_is_never_used(finished, tmp_path):
@@ -160,17 +350,27 @@ def test_full_disk_while_saving_leaves_the_last_whole_checkpoint(text, finished,
         {"config_overrides": {"hidden_size": 32, "num_hidden_layers": 3}},
         {"objective": "nsp"},
         {"seed": 7},
+        {"learning_rate": 1e-5},
+        {"lr_scheduler_type": "cosine"},
+        {"warmup_steps": 3},
+        {"adam_beta2": 0.98},
+        {"bf16": True},
+        {"per_device_train_batch_size": 8},
+        {"load_best_model_at_end": True, "save_steps": 6},
     ],
+    ids=lambda change: next(iter(change)),
 )
 def test_output_folder_of_another_run_is_refused(text, finished, tmp_path, capfd, change):
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
-    before = {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()}
-    assert run_language_modeling.main([recipe_for(text, output_dir, **change)]) == 1
-    message = capfd.readouterr().err.splitlines()[-1]
+    before = contents(output_dir)
+    message = complaint(recipe_for(text, output_dir, **change), capfd)
     assert message.startswith(f"error: output_dir={output_dir} belongs to another run")
-    assert next(iter(change)) in message or "config_overrides" in change
-    assert {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()} == before
+    name, value = next(iter(change.items()))
+    assert "num_hidden_layers is 2 there and 3 here" in message if name == "config_overrides" else name in message
+    if name == "learning_rate":
+        assert f"{name} is 0.005 there and {value} here" in message
+    assert contents(output_dir) == before
 
 
 def test_changed_text_is_another_run(text, finished, tmp_path, capfd):
@@ -189,6 +389,33 @@ def test_folder_of_something_else_is_refused(text, tmp_path, capfd):
     assert run_language_modeling.main([recipe_for(text, output_dir)]) == 1
     assert "README.md" in capfd.readouterr().err
     assert [(file.name, file.read_text()) for file in output_dir.iterdir()] == [("README.md", "mine")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*sorted(CODE_FILES), "training_args.bin", "config.json", "tokenizer.json", "1_Pooling", "run_settings.json"],
+)
+def test_whatever_a_save_would_overwrite_is_refused(tmp_path, name):
+    (tmp_path / name).write_text('{"mine": true}')
+    with pytest.raises(ValueError, match=name):
+        check_output_folder(tmp_path, training=True)
+
+
+def test_evaluation_overwrites_its_own_report_alone(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    check_output_folder(tmp_path, training=False)
+    report = tmp_path / "evaluation.json"
+    report.write_text(json.dumps({"train": {}, "eval": {}, "model": {}, "data": {}}))
+    check_output_folder(tmp_path, training=False)
+    report.write_text(json.dumps({"accuracy": 1.0}))
+    with pytest.raises(ValueError, match=r"evaluation\.json"):
+        check_output_folder(tmp_path, training=False)
+
+
+def test_files_of_a_run_are_known(finished):
+    known = (*RUN_FILES, "run_settings.json", "checkpoint-*")
+    unknown = [file.name for file in finished.iterdir() if not any(fnmatch.fnmatch(file.name, name) for name in known)]
+    assert not unknown
 
 
 def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path):
