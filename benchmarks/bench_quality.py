@@ -100,7 +100,8 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
     options |= model.get("options", {})
     tokenizer = folder.parent / f"tokenizer_{digest(recipe['pretraining'])}"
     if options.get("train_tokenizer") and tokenizer.exists():  # one for all: each training would break ties anew
-        del options["train_tokenizer"]
+        for name in ("train_tokenizer", "vocab_size", "lowercase"):
+            options.pop(name, None)
         options["tokenizer_name"] = str(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(options, indent=2))
