@@ -23,11 +23,10 @@ def recipe_for(text, output_dir, **values):
         output_dir.with_suffix(".json"),
         output_dir=str(output_dir),
         train_file=[str(text / "train.txt")],
-        validation_file=[str(text / "valid.txt")],
         tokenizer_name=str(text / "tokenizer"),
         data_cache_dir=str(text / "cache"),
         gradient_accumulation_steps=2,
-        **values,
+        **{"validation_file": [str(text / "valid.txt")], **values},
     )
 
 
@@ -84,7 +83,8 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
 
 def test_stream_goes_on_in_a_later_pass(text, tmp_path):
     stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 16, "save_steps": 8, "do_eval": None}
-    recipes = [recipe_for(text, tmp_path / name, **stream, eval_steps=None) for name in ("whole", "killed")]
+    stream |= {"eval_steps": None, "validation_file": None}
+    recipes = [recipe_for(text, tmp_path / name, **stream) for name in ("whole", "killed")]
     log = tmp_path / "log"
     assert finish(start_command([recipes[0]], log)) == [0], log.read_text()
     process = start_command([recipes[1]], log)
@@ -195,6 +195,7 @@ def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path)
     train = tmp_path / "train.txt"
     shutil.copy(text / "train.txt", train)
     stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 40, "do_eval": None, "eval_steps": None}
+    stream |= {"validation_file": None}
     recipe = recipe_for(text, tmp_path / "run", **stream)
     log = tmp_path / "log"
     process = start_command([recipe, "--train_file", str(train)], log)
