@@ -13,10 +13,13 @@ import psutil
 import torch
 import transformers
 from datasets import Dataset
-from transformers import BertTokenizer, IntervalStrategy, PreTrainedConfig, PrinterCallback, TrainingArguments
+from transformers import BertTokenizer, IntervalStrategy, PreTrainedConfig, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from pretraining_data import LABEL_NAMES
+from training_options import RunArguments
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +42,9 @@ def old_objects_kept() -> Iterator[None]:
         gc.unfreeze()
 
 
-def check_trackers(args: TrainingArguments) -> None:
+def check_trackers(args: RunArguments) -> None:
     """Raises ValueError if a tracker of `report_to` is unknown or not installed."""
-    for name in args.report_to:
+    for name in args.report_to or ():
         try:
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
@@ -49,7 +52,7 @@ def check_trackers(args: TrainingArguments) -> None:
             raise ValueError(f"report_to={name} cannot be used: {error}") from error
 
 
-def check_hub(args: TrainingArguments) -> None:
+def check_hub(args: RunArguments) -> None:
     """Raises ValueError if the model is to be pushed to the hub, and nobody is logged in there."""
     if not args.push_to_hub:
         return
@@ -61,7 +64,7 @@ def check_hub(args: TrainingArguments) -> None:
         ) from error
 
 
-def check_compiler(args: TrainingArguments) -> None:
+def check_compiler(args: RunArguments) -> None:
     """Raises ValueError if a back end or mode of `torch_compile` is unknown."""
     if not args.torch_compile:
         return
@@ -96,13 +99,13 @@ def tiny_examples(objective: str, count: int) -> Dataset:
     return Dataset.from_dict({**columns, **{name: [i % 2 for i in range(count)] for name in labels}})
 
 
-def tiny_arguments(args: TrainingArguments, folder: str) -> TrainingArguments:
+def tiny_arguments(args: RunArguments, folder: str) -> RunArguments:
     """The Trainer's arguments for a few steps that leave nothing behind; what decides how a step is made stays."""
     args = copy.copy(args)
     args.output_dir, args.max_steps = folder, STEPS
     args.report_to, args.push_to_hub, args.disable_tqdm, args.log_level = [], False, True, "error"
     args.logging_strategy = IntervalStrategy.NO
-    args.save_strategy, args.load_best_model_at_end = transformers.trainer_utils.SaveStrategy.NO, False
+    args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
     args.eval_delay = 0
     if args.eval_strategy == IntervalStrategy.STEPS:
         args.eval_steps = STEPS
@@ -188,7 +191,7 @@ def memory_of(device: torch.device) -> int:
 def check_memory(
     model_class: type,
     config: PreTrainedConfig,
-    args: TrainingArguments,
+    args: RunArguments,
     max_seq_length: int,
     other_parameters: int = 0,
 ) -> None:
@@ -209,7 +212,7 @@ def check_memory(
     """
     parameters = count_parameters(model_class, config)
     trains = args.do_train or args.dry_run
-    adam = args.optim.value in ("adamw_torch", "adamw_torch_fused")
+    adam = args.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
     static = FLOAT_BYTES * (parameters * (1 + trains * (1 + 2 * adam)) + other_parameters)
     batch = 1 if args.auto_find_batch_size or not trains else args.per_device_train_batch_size
     width = 2 if args.bf16 or args.fp16 else FLOAT_BYTES

@@ -340,7 +340,7 @@ class OneLineParser(HfArgumentParser):
         raise ValueError(f"{message} (--help lists all options)")
 
 
-def parse_arguments(argv: list[str], groups: tuple[type, ...]) -> tuple[Any, ...]:
+def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]:
     """Reads flags, or a JSON file followed by flags that override it.
 
     Without `do_train` and `do_eval` among them, both are taken as given.
@@ -455,7 +455,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return isinstance(value, str)
+        return value in [choice.value for choice in hint]
     return isinstance(value, get_origin(hint) or hint)
 
 

@@ -86,10 +86,14 @@ def load_tokenizer(name: str, option: str = "tokenizer_name") -> PreTrainedToken
         if path.is_dir():
             said = f"{type(error).__name__}: {error}"
             raise ValueError(f"{option}={name} holds no tokenizer that can be read ({said}).") from error
+        advice = "name a local folder"
+        if option == "tokenizer_name":
+            advice = (
+                "name a local one by --tokenizer_name, train one on your --train_file with --train_tokenizer, or run "
+                "the demo, which needs no network: configs/demo.json"
+            )
         raise ValueError(
-            f"{option}={name} is no folder and the hub cannot be reached or does not have it; name a local one "
-            "by --tokenizer_name, train one on your --train_file with --train_tokenizer, or run the demo, which needs "
-            "no network: configs/demo.json."
+            f"{option}={name} is no folder and the hub cannot be reached or does not have it; {advice}."
         ) from error
 
 

@@ -528,6 +528,7 @@ class TestMistakes:
             ('{"lr_scheduler_type": "steep"}', "steep"),
             ('{"eval_strategy": "often"}', "often"),
             ('{"objective": "clm"}', "clm"),
+            ('{"debug": ["everything"]}', "everything"),
             ("[" * 100_000, "JSON"),
         ],
     )
