@@ -3,41 +3,35 @@
     python distill_from_bert.py --teacher google-bert/bert-base-uncased --output_dir=models --do_train --do_eval
     python distill_from_bert.py configs/minilm.json --train_file my_text.txt
 
-Options come from `TeacherArguments`, `DistillationDataArguments` and the Trainer's arguments; a JSON file of them may
-come first, and flags after it win. The same command started again goes on from the last whole checkpoint of
-`output_dir`.
+Without `do_train` and `do_eval`, it trains and evaluates. Options come from `TeacherArguments`,
+`DistillationDataArguments` and the Trainer's arguments; a JSON file of them may come first, and flags after it win. The
+same command started again goes on from the last whole checkpoint of `output_dir`.
 """
 
 import hashlib
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import BertConfig, BertModel, SchedulerType, set_seed
+from transformers import BertConfig, BertModel, PreTrainedModel, SchedulerType, set_seed
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import cached_file
 
 import modeling_lambdabert
-from bert_conversion import check_bert
+from bert_conversion import check_bert, converted_config
+from configuration_lambdabert import LambdaBertConfig
 from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
 from pretraining_data import TextArguments, check_tokenizer, masking_collator
 from pretraining_trainer import non_finite_weights
+from rehearsal import TINY_SHAPE, check_memory
 from run_folder import CheckpointError, read_record
 from run_settings import run_settings
-from training_report import plot_curves, write_report
-from training_run import (
-    RunArguments,
-    TrainingRun,
-    load_tokenizer,
-    note_precision,
-    parse_overrides,
-    run_command,
-)
+from training_options import RunArguments, parse_overrides
+from training_report import plot_curves, quoted, write_report
+from training_run import TrainingRun, load_tokenizer, note_precision, run_command
 
 STUDENTS = {
     "BertModel": "LambdaBertModel",
@@ -53,6 +47,7 @@ TASKS = {
     "LambdaBertForTokenClassification": "token-classification",
 }
 EXAMPLES = ("sentences", "stretches")
+MASKING_OPTIONS = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "whole_word_mask")
 UNPLANNED_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 LARGEST_VOCABULARY_PADDING = 128  # tables are rounded up, to a multiple of this at most
 
@@ -96,18 +91,18 @@ Losses: {losses}.
 USE_SENTENCES = """\
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}", trust_remote_code=True)
+model = SentenceTransformer({folder}, trust_remote_code=True)
 vectors = model.encode(["Is attention really all you need?", "Do we need anything but attention?"])"""
 USE_CLASSIFIER = """\
 from transformers import pipeline
 
-classify = pipeline("{task}", model="{name}", trust_remote_code=True)
+classify = pipeline("{task}", model={folder}, trust_remote_code=True)
 classify("Is attention really all you need?")"""
 USE_MODEL = """\
 from transformers import {auto_class}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
+model = {auto_class}.from_pretrained({folder}, trust_remote_code=True)
 outputs = model(**tokenizer("Is attention really all you need?", return_tensors="pt"))"""
 
 
@@ -146,9 +141,6 @@ class TeacherArguments:
     def __post_init__(self):
         if self.teacher is None:
             raise ValueError("There is no teacher: name a BERT by --teacher.")
-        for name, weight in self.given_weights().items():
-            if weight < 0:
-                raise ValueError(f"{name}_weight={weight} must be 0 or more.")
 
     def given_weights(self):
         given = {loss.name: getattr(self, f"{loss.name}_weight") for loss in fields(LossWeights)}
@@ -294,8 +286,10 @@ class Distillation(TrainingRun):
         args = self.training_args
         if not (args.do_train or args.dry_run):
             raise ValueError("do_eval evaluates what was trained: give --do_train with it.")
-        if args.attention_steps < 0:
-            raise ValueError(f"attention_steps={args.attention_steps:g} must be 0 or more.")
+        if "train_sampling_strategy" in args.given:
+            raise ValueError(
+                "train_sampling_strategy has no effect: a batch always holds examples of similar length; leave it out."
+            )
         if 0 < args.max_steps < args.attention_steps:
             raise ValueError(
                 f"attention_steps={args.attention_steps:g} exceeds max_steps={args.max_steps}, which counts both "
@@ -309,6 +303,13 @@ class Distillation(TrainingRun):
         if args.attention_steps and args.learning_rate <= 0:
             raise ValueError(f"learning_rate={args.learning_rate:g} must be above 0.")
 
+    def become_tiny(self):
+        bert = BertModel(BertConfig(**TINY_SHAPE, num_attention_heads=2))
+        self.teacher, self.weights = Teacher(bert), LossWeights(layers=1.0)
+        self.model = modeling_lambdabert.LambdaBertModel.from_bert(bert)
+        # the teacher says which losses there are to choose the best by
+        self.training_args.metric_for_best_model = self.training_args.metric_for_best_model and "loss"
+
     def hub_names(self):
         return (self.model_args.teacher,)
 
@@ -321,8 +322,12 @@ class Distillation(TrainingRun):
                 bert, self.tokenizer = self.sentence_transformer[0].auto_model, self.sentence_transformer.tokenizer
             else:
                 bert, self.tokenizer = load_bert_and_tokenizer(name)
-        except (OSError, SafetensorError, UnpicklingError) as error:
-            raise ValueError(f"teacher={name} cannot be read ({error}); name a folder or a hub model.") from error
+        except ValueError:
+            raise
+        except Exception as error:  # a broken file raises whatever its reader stumbles over
+            raise ValueError(
+                f"teacher={name} cannot be read ({type(error).__name__}: {error}); name a folder or a hub model."
+            ) from error
         check_teachers_tokenizer(self.tokenizer, bert.config, name)
         self.teacher = Teacher(bert, tuple(self.sentence_transformer or ())[1:])
         if bad := non_finite_weights(bert, *self.teacher.sentence_modules):
@@ -335,6 +340,32 @@ class Distillation(TrainingRun):
                 f"max_seq_length={data_args.max_seq_length} exceeds the teacher's max_position_embeddings="
                 f"{bert.config.max_position_embeddings}: lower it; the student may be longer."
             )
+        self.check_masking()
+        self.check_best_metric()
+        self.check_student(converted_config(bert.config, LambdaBertConfig, self.student_settings()))
+
+    def check_student(self, config: LambdaBertConfig):
+        length = self.data_args.max_seq_length
+        if config.longest_sequence is not None and length > config.longest_sequence:
+            raise ValueError(
+                f"max_seq_length={length} exceeds the student's max_position_embeddings={config.longest_sequence}: "
+                "lower the one or raise the other."
+            )
+        check_memory(self.student_class, config, self.training_args, length, self.teacher.model.num_parameters())
+
+    def check_masking(self):
+        given = [name for name in MASKING_OPTIONS if name in self.training_args.given]
+        if given and "masked_tokens" not in self.weights.used:
+            raise ValueError(
+                f"{', '.join(given)}: nothing is masked, because the loss of masked tokens is not used; leave it out, "
+                "or convert a BERT that predicts masked tokens."
+            )
+
+    def check_best_metric(self):
+        metric = self.training_args.metric_for_best_model
+        losses = ("loss", *self.weights.used)
+        if metric is not None and metric.removeprefix("eval_") not in losses:
+            raise ValueError(f"metric_for_best_model={metric} is not evaluated: use one of {', '.join(losses)}.")
 
     def loss_weights(self):
         given = self.model_args.given_weights()
@@ -349,26 +380,27 @@ class Distillation(TrainingRun):
             raise ValueError("Every weight is 0, so there is nothing to learn: raise one of them.")
         return weights
 
+    @property
+    def student_class(self) -> type[PreTrainedModel]:
+        return getattr(modeling_lambdabert, STUDENTS.get(type(self.teacher.model).__name__, "LambdaBertModel"))
+
+    def student_settings(self) -> dict:
+        settings = parse_overrides(self.model_args.config_overrides)
+        if self.model_args.max_position_embeddings is None:
+            return settings
+        if "max_position_embeddings" in settings:
+            raise ValueError("max_position_embeddings stands in config_overrides, too: keep one of them.")
+        return {**settings, "max_position_embeddings": self.model_args.max_position_embeddings}
+
     def make_model(self, documents):
-        model_args, bert = self.model_args, self.teacher.model
-        settings = parse_overrides(model_args.config_overrides)
-        if model_args.max_position_embeddings is not None:
-            settings["max_position_embeddings"] = model_args.max_position_embeddings
         set_seed(self.training_args.seed)
-        student_class = getattr(modeling_lambdabert, STUDENTS.get(type(bert).__name__, "LambdaBertModel"))
-        self.model = student_class.from_bert(bert, **settings)
+        self.model = self.student_class.from_bert(self.teacher.model, **self.student_settings())
         # the config keeps the dropout for fine-tuning; here the targets are exact
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        longest = self.model.config.longest_sequence or VERY_LARGE_INTEGER
-        if self.data_args.max_seq_length > longest:
-            raise ValueError(
-                f"max_seq_length={self.data_args.max_seq_length} exceeds the student's max_position_embeddings="
-                f"{longest}: lower the one or raise the other."
-            )
         if self.sentence_transformer is None:
-            self.tokenizer.model_max_length = longest
+            self.tokenizer.model_max_length = self.model.config.longest_sequence or VERY_LARGE_INTEGER
 
     def start_from_text(self):
         args, examples = self.training_args, self.examples.get("train")
@@ -428,7 +460,7 @@ class Distillation(TrainingRun):
             card=MODEL_CARD,
             library="transformers" if self.sentence_transformer is None else "sentence-transformers",
             teacher=teacher.resolve().name if teacher.exists() else self.model_args.teacher,
-            use=self.example_of_use(folder.resolve().name),
+            use=self.example_of_use(quoted(folder.resolve().name)),
             losses=self.describe_losses(state.max_steps),
         )
         first = self.steps_alone(state.max_steps)
@@ -443,12 +475,12 @@ class Distillation(TrainingRun):
         losses = ", ".join(f"{name} x {weight:g}" for name, weight in self.weights.used.items())
         return f"attention for {first} steps, then {losses}" if first else losses
 
-    def example_of_use(self, name):
+    def example_of_use(self, folder: str) -> str:
         if self.sentence_transformer is not None:
-            return USE_SENTENCES.format(name=name)
+            return USE_SENTENCES.format(folder=folder)
         if "classes" in self.teacher.offers:
-            return USE_CLASSIFIER.format(name=name, task=TASKS[type(self.model).__name__])
-        return USE_MODEL.format(name=name, auto_class=self.model._auto_class)
+            return USE_CLASSIFIER.format(folder=folder, task=TASKS[type(self.model).__name__])
+        return USE_MODEL.format(folder=folder, auto_class=self.model._auto_class)
 
 
 def main(argv=None):

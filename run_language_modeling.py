@@ -1,10 +1,12 @@
 """Pretrains LambdaBERT on text: masked language modelling, alone or with a sentence task.
 
     python run_language_modeling.py --output_dir=models --do_train --do_eval --eval_steps=100 --sop
+    python run_language_modeling.py --sop
     python run_language_modeling.py configs/demo.json --output_dir=models/demo
 
-Options come from `ModelArguments`, `DataArguments` and the Trainer's arguments; a JSON file of them may come first, and
-flags after it win. The same command started again goes on from the last whole checkpoint of `output_dir`.
+The second means the first: without `do_train` and `do_eval`, it trains and evaluates. Options come from
+`ModelArguments`, `DataArguments` and the Trainer's arguments; a JSON file of them may come first, and flags after it
+win. The same command started again goes on from the last whole checkpoint of `output_dir`.
 """
 
 import logging
@@ -16,17 +18,19 @@ from pickle import UnpicklingError
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-import training_run
+import training_options
 from bert_conversion import bare
 from configuration_lambdabert import LambdaBertConfig
 from corpora import document_texts
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
 from pretraining_data import (
     LABEL_NAMES,
+    SENTENCE_LABELS,
     DataArguments,
     check_tokenizer,
     count_tokens,
@@ -34,16 +38,11 @@ from pretraining_data import (
     train_wordpiece,
 )
 from pretraining_trainer import PretrainingTrainer, non_finite_weights
+from rehearsal import TINY_SHAPE, check_memory
 from run_settings import run_settings
-from training_report import OBJECTIVES, plot_curves, top_predictions, unigram_baseline, write_report
-from training_run import (
-    RunArguments,
-    TrainingRun,
-    load_tokenizer,
-    note_precision,
-    parse_overrides,
-    run_command,
-)
+from training_options import RunArguments, parse_overrides
+from training_report import OBJECTIVES, plot_curves, quoted, top_predictions, unigram_baseline, write_report
+from training_run import TrainingRun, load_tokenizer, note_precision, run_command
 
 logger = logging.getLogger("run_language_modeling")
 
@@ -53,6 +52,7 @@ MODEL_CLASSES = {
     "mlm": LambdaBertForMaskedLM,
 }
 DEFAULT_TOKENIZER = "google-bert/bert-base-cased"
+MASK_TOKEN = "[MASK]"  # of a tokenizer that is trained
 TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_size", "lowercase")
 # names of an encoder's weights begin so
 ENCODER = ("embeddings.", "encoder.")
@@ -118,69 +118,133 @@ def parse_arguments(argv):
     Raises:
         ValueError: unknown or contradicting options, or a JSON file that cannot be read.
     """
-    return training_run.parse_arguments(argv, ARGUMENT_GROUPS)
+    return training_options.parse_arguments(argv, ARGUMENT_GROUPS)
 
 
-def make_tokenizer(model_args, documents, streaming, checkpoint):
+def make_tokenizer(
+    model_args: ModelArguments,
+    documents: dict[str, Dataset | IterableDataset] | None,
+    streaming: bool,
+    checkpoint: Path | None,
+) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, or trains it on the training documents unless this run's checkpoint already has it."""
     name, model = model_args.tokenizer_name, model_args.model_name_or_path
     if not model_args.train_tokenizer:
-        tokenizer = load_tokenizer(name or model or DEFAULT_TOKENIZER)
-        if name and model and tokenizer.get_vocab() != load_tokenizer(model).get_vocab():
+        if name is None and model is not None:
+            return load_tokenizer(model, "model_name_or_path")
+        tokenizer = load_tokenizer(name or DEFAULT_TOKENIZER)
+        if model and tokenizer.get_vocab() != load_tokenizer(model, "model_name_or_path").get_vocab():
             raise ValueError(
                 f"tokenizer_name={name} has another vocabulary than model_name_or_path={model}, so its tokens would "
                 "get the embeddings of others; drop --tokenizer_name to use the model's own."
             )
         return tokenizer
     if checkpoint is not None:
-        return load_tokenizer(checkpoint)
+        return load_tokenizer(str(checkpoint), "output_dir")
     texts = document_texts(documents["train"])
     if streaming:
         texts = islice(texts, STREAMED_TOKENIZER_DOCUMENTS)
     return train_wordpiece(texts, model_args.vocab_size, lowercase=model_args.lowercase)
 
 
-def make_config(model_args, tokenizer, max_seq_length):
+def make_config(model_args: ModelArguments, tokens: int, padding: int) -> LambdaBertConfig:
     """Builds the config of a new or a continued model.
 
+    Args:
+        model_args: names it and what to change in it.
+        tokens: the size of the tokenizer's vocabulary.
+        padding: the id of its padding token.
+
     Raises:
-        ValueError: the config, the tokenizer and the length of the examples do not fit together.
+        ValueError: there is no such config, or it cannot work.
     """
     overrides = parse_overrides(model_args.config_overrides)
-    name = model_args.model_name_or_path or model_args.config_name
+    option = "config_name" if model_args.model_name_or_path is None else "model_name_or_path"
+    name = getattr(model_args, option)
     if name is None:
-        values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+        values = {"vocab_size": tokens, "pad_token_id": padding}
     else:
         try:
             values, _ = LambdaBertConfig.get_config_dict(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} holds no config that can be read ({error}); name a LambdaBERT folder.") from error
-        if values.get("model_type", LambdaBertConfig.model_type) != LambdaBertConfig.model_type:
-            raise ValueError(f"{name} is a {values['model_type']!r} model; name a LambdaBERT folder.")
+            kind = values.get("model_type", LambdaBertConfig.model_type)
+        except Exception as error:  # a broken file raises whatever its reader stumbles over
+            raise ValueError(
+                f"{option}={name} holds no config that can be read ({type(error).__name__}: {error}); "
+                "name a LambdaBERT folder."
+            ) from error
+        if kind != LambdaBertConfig.model_type:
+            raise ValueError(f"{option}={name} is a {kind!r} model; name a LambdaBERT folder.")
     unknown = sorted(set(overrides) - set(LambdaBertConfig().to_dict()))
     if unknown:
         raise ValueError(f"config_overrides: LambdaBertConfig has no field {', '.join(unknown)}.")
-    config = LambdaBertConfig(**{**values, **overrides})
+    return LambdaBertConfig(**{**values, **overrides})
+
+
+def check_config(config: LambdaBertConfig, data_args: DataArguments) -> None:
+    """Refuses a config whose model cannot take the examples.
+
+    Raises:
+        ValueError: they are too long for it, or are pairs and it knows one kind of segment.
+    """
+    if config.longest_sequence is not None and data_args.max_seq_length > config.longest_sequence:
+        raise ValueError(
+            f"max_seq_length={data_args.max_seq_length} exceeds "
+            f"max_position_embeddings={config.max_position_embeddings}; lower the one or raise the other in "
+            "--config_overrides."
+        )
+    if data_args.objective in SENTENCE_LABELS and config.type_vocab_size < 2:
+        raise ValueError(
+            f"type_vocab_size={config.type_vocab_size} cannot tell the two segments of a pair apart, which "
+            f"objective={data_args.objective} makes; set it to 2, or use --objective mlm."
+        )
+
+
+def check_tokens(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a config that belongs to another tokenizer.
+
+    Raises:
+        ValueError: it has too few embeddings, or its padding is another token.
+    """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"vocab_size={config.vocab_size} of the model is too small for the tokenizer's {len(tokenizer)} tokens; "
             "use the model's own tokenizer, or set vocab_size in --config_overrides for a new model."
         )
-    if config.longest_sequence is not None and max_seq_length > config.longest_sequence:
+    if config.pad_token_id != tokenizer.pad_token_id:
         raise ValueError(
-            f"max_seq_length={max_seq_length} exceeds max_position_embeddings={config.max_position_embeddings}; lower "
-            "the one or raise the other in --config_overrides."
+            f"pad_token_id={config.pad_token_id} of the model contradicts the tokenizer, whose {tokenizer.pad_token} "
+            f"is {tokenizer.pad_token_id}: set pad_token_id={tokenizer.pad_token_id} in --config_overrides."
         )
-    return config
 
 
-def make_model(model_class, config, source, *, overridden: bool):
+def check_masked_sentence(sentence: str | None, mask_token: str) -> None:
+    """Raises ValueError if a sentence does not hold exactly one mask."""
+    if sentence is not None and sentence.count(mask_token) != 1:
+        raise ValueError(
+            f"masked_sentence={sentence!r} holds {mask_token} {sentence.count(mask_token)} times: it takes exactly one."
+        )
+
+
+def check_length(sentence: str | None, tokenizer: PreTrainedTokenizerBase, config: LambdaBertConfig) -> None:
+    """Raises ValueError if a sentence is longer than what a model takes."""
+    if sentence is None or config.longest_sequence is None:
+        return
+    length = len(tokenizer(sentence).input_ids)
+    if length > config.longest_sequence:
+        raise ValueError(
+            f"masked_sentence has {length} tokens, and the model takes {config.longest_sequence}: shorten it."
+        )
+
+
+def make_model(
+    model_class: type[PreTrainedModel], config: LambdaBertConfig, source: str | None, *, overridden: bool
+) -> PreTrainedModel:
     """Builds a new model, or loads one from `source`, in float32 whatever it is stored in.
 
     Args:
-        model_class: one of `MODEL_CLASSES`.
-        config: a `LambdaBertConfig`.
-        source: a folder or hub name, or None. Its head may be another's; the log names the weights that are new.
+        model_class: its class.
+        config: its config.
+        source: a folder or hub name, or None.
         overridden: whether the config is another than that of `source`.
 
     Raises:
@@ -248,10 +312,24 @@ class Pretraining(TrainingRun):
         tokenizer = None if args.train_tokenizer else args.tokenizer_name or DEFAULT_TOKENIZER
         return args.model_name_or_path, args.config_name, tokenizer
 
+    def become_tiny(self):
+        self.model = MODEL_CLASSES[self.data_args.objective](LambdaBertConfig(**TINY_SHAPE, num_lambda_queries=2))
+
     def open_model(self):
-        if not self.model_args.train_tokenizer:
-            self.tokenizer = make_tokenizer(self.model_args, None, False, None)
+        model_args, data_args = self.model_args, self.data_args
+        sentence = model_args.masked_sentence
+        if model_args.train_tokenizer:
+            check_masked_sentence(sentence, MASK_TOKEN)
+            config = make_config(model_args, model_args.vocab_size, padding=0)
+        else:
+            self.tokenizer = make_tokenizer(model_args, None, False, None)
             check_tokenizer(self.tokenizer)
+            check_masked_sentence(sentence, self.tokenizer.mask_token)
+            config = make_config(model_args, len(self.tokenizer), self.tokenizer.pad_token_id)
+            check_tokens(config, self.tokenizer)
+            check_length(sentence, self.tokenizer, config)
+        check_config(config, data_args)
+        check_memory(MODEL_CLASSES[data_args.objective], config, self.training_args, data_args.max_seq_length)
 
     def make_model(self, documents):
         model_args, data_args = self.model_args, self.data_args
@@ -260,7 +338,10 @@ class Pretraining(TrainingRun):
             if self.training_args.process_index == 0:
                 tokenizers = [make_tokenizer(model_args, documents, data_args.streaming, self.checkpoint)]
             self.tokenizer = broadcast_object_list(tokenizers)[0]
-        config = make_config(model_args, self.tokenizer, data_args.max_seq_length)
+        config = make_config(model_args, len(self.tokenizer), self.tokenizer.pad_token_id)
+        if model_args.train_tokenizer:
+            check_tokens(config, self.tokenizer)
+            check_length(model_args.masked_sentence, self.tokenizer, config)
         self.tokenizer.model_max_length = config.longest_sequence or VERY_LARGE_INTEGER
         set_seed(self.training_args.seed)
         self.model = make_model(
@@ -301,7 +382,7 @@ class Pretraining(TrainingRun):
             state,
             metrics,
             objective=OBJECTIVES[self.data_args.objective],
-            sentence=self.model_args.masked_sentence or "Paris is the [MASK] of France.",
+            sentence=quoted(self.model_args.masked_sentence or f"Paris is the {self.tokenizer.mask_token} of France."),
         )
         if self.training_args.do_train:
             plot_curves(state.log_history, folder / "training_curves.png")

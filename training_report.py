@@ -36,9 +36,9 @@ The folder carries its own code:
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
-print(pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)("{sentence}"))
+tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained({folder}, trust_remote_code=True)
+print(pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)({sentence}))
 ```
 
 ## Data
@@ -166,6 +166,11 @@ def table(values):
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
+def quoted(text: str) -> str:
+    """A text as a string in Python code."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def write_report(output_dir, run, state, metrics, card=MODEL_CARD, **texts):
     """Writes metrics.json and the model card README.md; without training, evaluation.json alone.
 
@@ -173,7 +178,7 @@ def write_report(output_dir, run, state, metrics, card=MODEL_CARD, **texts):
         run: a `TrainingRun`.
         state: the `TrainerState` at the end.
         metrics: the final evaluation's.
-        card: the model card, with places for `texts`, name, data, recipe and metrics.
+        card: the model card, with places for `texts`, name, folder (the name in quotes), data, recipe and metrics.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +201,7 @@ def write_report(output_dir, run, state, metrics, card=MODEL_CARD, **texts):
     config = {name: getattr(run.model.config, name) for name in CONFIG_FIELDS}
     text = card.format(
         name=folder.resolve().name,
+        folder=quoted(folder.resolve().name),
         data=table({"source": source, **summaries}),
         recipe=table({"steps": state.global_step, "max_seq_length": data.max_seq_length, **settings, **config}),
         metrics=table({name: f"{value:.4g}" for name, value in {**report["train"], **metrics}.items()}),

@@ -1,12 +1,10 @@
 """What the commands that train have in common: options, text and tokenizer, and a run that survives interruption."""
 
-import json
 import logging
 import os
 import resource
 import sys
 import tempfile
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -14,18 +12,12 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoTokenizer,
-    BertTokenizer,
-    HfArgumentParser,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from corpora import UnreadableTextError, load_corpus
 from pretraining_data import prepare_examples
+from rehearsal import rehearse
 from run_folder import (
     CheckpointError,
     check_output_folder,
@@ -37,86 +29,25 @@ from run_folder import (
     result_files,
     writing,
 )
+from training_options import parse_arguments
 from training_report import describe_run
 
 logger = logging.getLogger(__name__)
 
 DRY_RUN_DOCUMENTS = 500
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LOGGED_MODULES = (
     "corpora",
     "distill_from_bert",
     "pretraining_data",
     "pretraining_trainer",
+    "rehearsal",
     "run_folder",
     "run_language_modeling",
+    "training_options",
     "training_report",
     "training_run",
 )
-
-
-@dataclass
-class RunArguments(TrainingArguments):
-    """The Trainer's arguments, with BERT's optimisation as defaults."""
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Decay of all weights but biases and norms."})
-    warmup_steps: float = field(
-        default=0.06, metadata={"help": "Steps of rising learning rate; below 1: a share of all."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs; below 1: a share of all."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    include_num_input_tokens_seen: str = field(
-        default="non_padding", metadata={"help": "Which tokens the throughput counts: all, non_padding or no."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether a parameter may stay unused; every objective uses all of its model."}
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Check data, tokenizer, model and memory with a single step; write nothing in output_dir."},
-    )
-
-    def __post_init__(self):
-        if self.do_eval and self.eval_steps is not None and self.eval_strategy == "no":
-            self.eval_strategy = "steps"
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        super().__post_init__()
-
-
-class OneLineParser(HfArgumentParser):
-    """Reports a mistake as a `ValueError` instead of printing all options."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists all options)")
-
-
-def parse_arguments(argv, groups):
-    """Reads flags, or a JSON file followed by flags that override it.
-
-    Args:
-        argv: what the command was given.
-        groups: the dataclasses of its options.
-
-    Returns:
-        One instance of each group.
-
-    Raises:
-        ValueError: unknown or contradicting options, or a JSON file that cannot be read.
-    """
-    parser = OneLineParser(groups, allow_abbrev=False)
-    if argv and argv[0].endswith(".json"):
-        recipe, argv = argv[0], argv[1:]
-        try:
-            values = json.loads(Path(recipe).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{recipe} cannot be read as JSON: {error}.") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{recipe} holds no JSON object; it should map option names to values.")
-        unknown = sorted(set(values) - {option.name for group in groups for option in fields(group)})
-        if unknown:
-            raise ValueError(f"{recipe} has unknown options: {', '.join(unknown)} (--help lists all options).")
-        parser.set_defaults(**values)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
 
 
 def is_local(name):
@@ -133,8 +64,12 @@ def use_cache_if_hub_is_unreachable(*names):
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def load_tokenizer(name):
+def load_tokenizer(name: str, option: str = "tokenizer_name") -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder, a vocabulary file (one token a line) or the hub.
+
+    Args:
+        name: the folder, file or hub name.
+        option: where the user named it.
 
     Raises:
         ValueError: nothing usable is there, or the hub cannot be reached.
@@ -142,41 +77,48 @@ def load_tokenizer(name):
     path = Path(name)
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     if path.is_file() or (vocabulary.exists() and not (path / "tokenizer_config.json").exists()):
-        try:
-            tokens = vocabulary.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"tokenizer_name={name}: {vocabulary} is no text; name a vocabulary, one token a line."
-            ) from None
-        words = {token: i for i, token in enumerate(tokens) if token}
+        words = read_vocabulary(vocabulary, f"{option}={name}")
         cased = any(token != token.lower() for token in words if not token.startswith("["))
         return BertTokenizer(vocab=words, do_lower_case=not cased)
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # broken files raise whatever their readers stumble over
         if path.is_dir():
-            raise ValueError(f"tokenizer_name={name} holds no tokenizer ({error}).") from error
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{option}={name} holds no tokenizer that can be read ({said}).") from error
+        advice = "name a local folder"
+        if option == "tokenizer_name":
+            advice = (
+                "name a local one by --tokenizer_name, train one on your --train_file with --train_tokenizer, or run "
+                "the demo, which needs no network: configs/demo.json"
+            )
         raise ValueError(
-            f"tokenizer_name={name} is no folder and the hub cannot be reached or does not have it; name a local one "
-            "by --tokenizer_name, train one on your --train_file with --train_tokenizer, or run the demo, which needs "
-            "no network: configs/demo.json."
+            f"{option}={name} is no folder and the hub cannot be reached or does not have it; {advice}."
         ) from error
 
 
-def parse_overrides(overrides):
-    """Turns "a=1,b=rms,c=None" into a dict; a value that is no JSON stays a string."""
-    if not isinstance(overrides, str):
-        return dict(overrides or {})
-    values = {}
-    for item in filter(None, overrides.split(",")):
-        name, equals, text = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise ValueError(f'config_overrides: {item!r} is no "field=value"; separate several by commas.')
-        try:
-            values[name] = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-        except ValueError:
-            values[name] = text
-    return values
+def read_vocabulary(file: Path, what: str) -> dict[str, int]:
+    """The tokens of a WordPiece vocabulary, one a line, and their ids.
+
+    Raises:
+        ValueError: the file is no such vocabulary.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what}: {file} is no text; name a vocabulary, one token a line.") from None
+    tokens = [line.rstrip("\r") for line in lines]
+    words = {token: i for i, token in enumerate(tokens) if token}
+    missing = [token for token in SPECIAL_TOKENS if token not in words]
+    if missing:
+        raise ValueError(
+            f"{what}: {file} has no line {', '.join(missing)}, so it is no vocabulary of BERT, one token a line; "
+            "name another (a tokenizer.json is named by its folder)."
+        )
+    if len(words) < sum(map(bool, tokens)):
+        twice = next(token for i, token in enumerate(tokens) if token and words[token] != i)
+        raise ValueError(f"{what}: {file} holds the token {twice!r} twice; each stands for one embedding.")
+    return words
 
 
 def note_precision(name: str, config: dict):
@@ -220,8 +162,8 @@ class RecordRun(TrainerCallback):
 class TrainingRun:
     """A run of a command: everything is read and checked on construction, and nothing written before `run`.
 
-    A command gives `trainer_class`, `label_names`, `hub_names`, `check_options`, `open_model`, `make_model`,
-    `collator`, `describe`, `report` and, where there is something to see, `show`.
+    A command gives `trainer_class`, `label_names`, `hub_names`, `check_options`, `become_tiny`, `open_model`,
+    `make_model`, `collator`, `describe`, `report` and, where there is something to see, `show`.
 
     Attributes:
         tokenizer, model: what is trained.
@@ -250,6 +192,7 @@ class TrainingRun:
         check_output_folder(output_dir, train)
         self.checkpoint = last_whole_checkpoint(output_dir)
         training_args.label_names = self.label_names
+        rehearse(self)
         evaluate = training_args.do_eval
         use_cache_if_hub_is_unreachable(data_args.dataset_name, *self.hub_names())
         self.open_model()
@@ -293,7 +236,7 @@ class TrainingRun:
         args = self.training_args
         planned_steps = args.max_steps
         with tempfile.TemporaryDirectory() as folder:
-            args.output_dir, args.max_steps, args.report_to = folder, 1, []
+            args.output_dir, args.max_steps, args.report_to, args.push_to_hub = folder, 1, [], False
             args.save_strategy = args.eval_strategy = "no"
             trainer = self.trainer()
             trainer.train()
@@ -449,22 +392,37 @@ def run_command(argv, groups, run_class):
     try:
         arguments = parse_arguments(argv, groups)
         set_up_logging(arguments[-1])
+        for note in arguments[-1].notes:
+            logger.info(note)
         run = run_class(*arguments)
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
+        return fail(error)
+    except Exception as error:
+        return fail(error, unexpected=True)
+    try:
         if run.training_args.dry_run:
             run.dry_run()
-            return 0
-    except (ValueError, StrictDataclassError) as error:
+        else:
+            run.run()
+    except (CheckpointError, UnreadableTextError, ImportError, OSError) as error:
         return fail(error)
-    try:
-        run.run()
-    except (CheckpointError, UnreadableTextError, OSError) as error:
-        return fail(error)
+    except Exception as error:
+        return fail(error, unexpected=True)
     return 0
 
 
-def fail(error):
-    """Prints one line on stderr, from one process only; returns the exit status."""
+def fail(error: Exception, *, unexpected: bool = False) -> int:
+    """Prints one line on stderr; returns the exit status.
+
+    Args:
+        error: what happened.
+        unexpected: it may be a mistake of the program, and may have happened to one process alone: the line names its
+            type, every process prints it, and `--log_level debug` shows where it came from.
+    """
     logger.debug("", exc_info=error)
-    if os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    text = " ".join(str(error).split())
+    if unexpected:
+        print(f"error: {type(error).__name__}: {text} (--log_level debug shows where)", file=sys.stderr)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"error: {text}", file=sys.stderr)
     return 1

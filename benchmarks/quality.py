@@ -152,7 +152,9 @@ def prepare(folder: RunFolder, name: str, learning_rate: float, seed: int, work:
     options = command_options(recipe, name, learning_rate, seed, work)
     tokenizer = folder.path / f"tokenizer_{digest(recipe['pretraining'])}"
     if options.get("train_tokenizer") and tokenizer.exists():  # one for all models, or their masks would differ
-        options = {key: value for key, value in options.items() if key not in ("train_tokenizer", "vocab_size")}
+        options = {
+            key: value for key, value in options.items() if key not in ("train_tokenizer", "vocab_size", "lowercase")
+        }
         options["tokenizer_name"] = str(tokenizer)
     with one_line_errors():
         model_args, data_args, training_args = parse_arguments([write_options(options, work)])

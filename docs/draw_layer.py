@@ -1,6 +1,6 @@
 """Draws docs/layer.png: how a lambda layer computes the output of one position, with the numbers of a real layer.
 
-    PYTHONPATH=. python docs/draw_layer.py
+PYTHONPATH=. python docs/draw_layer.py
 """
 
 from pathlib import Path

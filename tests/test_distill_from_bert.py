@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_modeling_common import run_elsewhere
 from test_training_resume import assert_same_weights, wait_for
 from transformers import (
     AutoTokenizer,
@@ -22,12 +21,13 @@ from transformers import (
 )
 
 import distill_from_bert
+import training_run
 from bert_conversion import POSITION_TABLE
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES, load_bert_and_tokenizer, load_sentence_transformer
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
 from run_folder import RUN_FILES
 from training_run import parse_arguments
-from training_support import BERTS, SCHEDULE, finish, start_command, start_distributed, tiny_bert
+from training_support import BERTS, SCHEDULE, finish, run_card_snippet, start_command, start_distributed, tiny_bert
 
 ROOT = Path(distill_from_bert.__file__).parent
 RECIPE = {
@@ -38,6 +38,9 @@ RECIPE = {
     "gradient_accumulation_steps": 2,
     **SCHEDULE,
 }
+
+
+BEST = {"load_best_model_at_end": True, "save_steps": 6, "attention_steps": 0}
 
 
 def write_recipe(file, text, teacher, **values):
@@ -91,16 +94,13 @@ class TestResults:
             assert said in card
         assert (output_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_classifier_works_elsewhere_in_a_pipeline(self, finished, tmp_path):
-        code = """
-import sys
-from transformers import pipeline
-classify = pipeline("text-classification", model=sys.argv[1], trust_remote_code=True)
+    def test_card_of_a_classifier_works_elsewhere(self, finished, tmp_path):
+        then = """
 answer = classify("The fox sees the river.", top_k=None)
 assert {label["label"] for label in answer} == {"red", "green", "blue"}, answer
 assert type(classify.model).__name__ == "LambdaBertForSequenceClassification"
 """
-        done = run_elsewhere(code, finished[0], folder=tmp_path / "elsewhere")
+        done = run_card_snippet(finished[0], tmp_path, then)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def test_dropout_is_kept_for_fine_tuning(self, finished):
@@ -121,6 +121,10 @@ assert type(classify.model).__name__ == "LambdaBertForSequenceClassification"
         special = {"mlm": {"eval_masked_tokens"}, "tagger": {"eval_classes"}, "plain": set()}[kind]
         losses = {"eval_loss", "eval_layers", "eval_masked_tokens", "eval_classes", "eval_sentences"}
         assert losses & set(metrics) == {"eval_loss", "eval_layers"} | special
+        if kind == "plain":
+            then = "assert outputs.last_hidden_state.shape[-1] == 24"
+            done = run_card_snippet(output_dir, tmp_path, then)
+            assert done.returncode == 0, done.stderr
         architecture = json.loads((output_dir / "config.json").read_text())["architectures"]
         assert architecture == ["Lambda" + BERTS[kind].__name__]
 
@@ -129,10 +133,8 @@ assert type(classify.model).__name__ == "LambdaBertForSequenceClassification"
         from sentence_transformers import SentenceTransformer
 
         output_dir, _ = distilled(tmp_path, text, sentence_teacher, max_position_embeddings=100)
-        code = """
-import sys
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+        then = """
+assert vectors.shape == (2, 24)
 assert type(model[0].auto_model).__name__ == "LambdaBertModel"
 assert model.max_seq_length == 24, model.max_seq_length
 assert model.prompts["query"] == "the fox: " and model.default_prompt_name == "query", model.prompts
@@ -147,7 +149,7 @@ assert abs(model.encode(texts[0]) - vectors[0]).max() < 1e-5
 model.max_seq_length = 100
 model.encode(" ".join(texts * 8))
 """
-        done = run_elsewhere(code, output_dir, folder=tmp_path / "elsewhere")
+        done = run_card_snippet(output_dir, tmp_path, then)
         assert done.returncode == 0, done.stderr[-3000:]
         model = LambdaBertModel.from_pretrained(output_dir)
         teacher = SentenceTransformer(str(sentence_teacher), device="cpu")[0].auto_model
@@ -309,6 +311,8 @@ def test_recipe_is_complete(text, sentence_teacher, tmp_path):
 class TestMistakes:
     """Each ends in one line that names what to change, before anything is written."""
 
+    AFTER_READING = {"per_device_train_batch_size"}  # it depends on how much text there is
+
     def complaint(self, capfd, tmp_path, text, teacher, **values):
         recipe = write_recipe(tmp_path / "run.json", text, teacher, **values)
         assert distill_from_bert.main([recipe]) == 1
@@ -323,6 +327,25 @@ class TestMistakes:
         [
             ({"do_train": False, "do_eval": False}, "--do_train"),
             ({"do_train": False}, "--do_train"),
+            ({"do_train": None}, "--do_train"),
+            ({"layers_weight": math.nan}, "layers_weight=nan"),
+            ({"attention_learning_rate": math.inf}, "attention_learning_rate=inf"),
+            ({"attention_steps": math.nan}, "attention_steps=nan"),
+            ({"attention_steps": 0, "attention_learning_rate": 1e-3}, "attention_learning_rate=0.001 has no effect"),
+            ({"mlm_probability": 0.3}, "mlm_probability: nothing is masked"),
+            ({"whole_word_mask": True}, "whole_word_mask: nothing is masked"),
+            ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+            ({"metric_for_best_model": "sentences", **BEST}, "metric_for_best_model=sentences"),
+            ({"report_to": "flyte"}, "report_to=flyte"),
+            ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "cycles"),
+            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+            ({"max_steps": "12"}, "max_steps"),
+            ({"layers_weight": "1"}, "layers_weight"),
+            ({"max_position_embeddings": 10**12}, "GiB"),
+            (
+                {"config_overrides": {"max_position_embeddings": 60}, "max_position_embeddings": 50},
+                "config_overrides, too",
+            ),
             ({"teacher": None}, "--teacher"),
             ({"teacher": "nowhere"}, "nowhere"),
             ({"teacher": "nobody/nothing"}, "nobody/nothing"),
@@ -348,10 +371,25 @@ class TestMistakes:
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
-    def test_options(self, capfd, tmp_path, text, teachers, values, named):
+    def test_options(self, capfd, tmp_path, text, teachers, monkeypatch, values, named):
+        read, load = [], training_run.load_corpus
+
+        def recorded(*args, **kwargs):
+            read.append(args)
+            return load(*args, **kwargs)
+
+        monkeypatch.setattr(training_run, "load_corpus", recorded)
         teacher = values.get("teacher", teachers / "classifier")
         options = {name: value for name, value in values.items() if name != "teacher"}
         assert named in self.complaint(capfd, tmp_path, text, teacher, **options)
+        assert not read or set(values) & self.AFTER_READING
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+    @pytest.mark.parametrize("content", ["", "[1]", '{"model_type": "bert", "hidden_size": "wide", "model": 5}'])
+    def test_broken_files(self, capfd, tmp_path, text, teachers, name, content):
+        shutil.copytree(teachers / "classifier", tmp_path / "teacher")
+        (tmp_path / "teacher" / name).write_text(content)
+        assert str(tmp_path / "teacher") in self.complaint(capfd, tmp_path, text, tmp_path / "teacher")
 
     @pytest.mark.parametrize(
         "fields, named",

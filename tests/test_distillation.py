@@ -35,7 +35,7 @@ from modeling_lambdabert import (
 )
 from pretraining_data import masking_collator
 from run_folder import CheckpointError
-from training_run import RunArguments
+from training_options import RunArguments
 from training_support import tiny_bert
 
 SETTINGS = {"key_depth": 3, "intra_depth": 2, "local_context_size": 5}

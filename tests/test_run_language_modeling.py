@@ -1,10 +1,11 @@
 """The pretraining command: its options, its metrics, what it saves, and what it says to a mistake."""
 
+import errno
 import json
+import logging
 import math
-import os
-import subprocess
-import sys
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,23 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import distill_from_bert
 import run_language_modeling
+import training_options
+import training_run
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
 from pretraining_data import masking_collator
 from pretraining_trainer import example_sums, pretraining_metrics
 from run_language_modeling import make_model, parse_arguments, parse_overrides
 from training_report import plot_curves, unigram_baseline
-from training_support import RECIPE, finish, start_command, write_recipe
+from training_support import RECIPE, finish, run_card_snippet, start_command, write_recipe
 
 ROOT = Path(run_language_modeling.__file__).parent
 RECIPES = sorted(file for file in (ROOT / "configs").glob("*.json") if "teacher" not in json.loads(file.read_text()))
+
+
+TRAINING_ALONE = ("per_device_train_batch_size", "learning_rate", "max_steps", "save_steps", "logging_steps")
 
 
 def sources(text, **values):
@@ -36,6 +43,20 @@ def sources(text, **values):
     }
 
 
+@contextmanager
+def caplog_at_debug():
+    """The records that the commands log, of any level."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("training_run").addHandler(handler)
+    try:
+        yield records
+    finally:
+        logging.getLogger("training_run").removeHandler(handler)
+        logging.getLogger("training_run").setLevel(logging.INFO)
+
+
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     """The output folder of a small run, and what the run printed."""
@@ -43,7 +64,7 @@ def finished(text, tmp_path_factory):
     recipe = write_recipe(
         output_dir.with_suffix(".json"),
         output_dir=str(output_dir),
-        masked_sentence="The fox sees the [MASK].",
+        masked_sentence='"The fox" sees the [MASK].',
         **sources(text, tokenizer_name=None, train_tokenizer=True, vocab_size=180),
     )
     log = output_dir.with_suffix(".log")
@@ -61,11 +82,60 @@ def test_main_command_means_what_it_documents():
     assert training_args.report_to == []
 
 
+@pytest.mark.parametrize("command", ["--sop", "--sop --dry_run"])
+def test_command_that_is_not_told_what_to_do_trains_and_evaluates(command):
+    _, data_args, training_args = parse_arguments(command.split())
+    assert training_args.output_dir == "models" and training_args.do_train and training_args.do_eval
+    assert (training_args.eval_strategy, training_args.eval_steps) == ("steps", 100)
+    assert data_args.objective == "sop"
+    said = " ".join(training_args.notes)
+    for taken in ("output_dir=models", "do_train=True", "do_eval=True", "eval_steps=100"):
+        assert taken in said
+
+
+def test_what_is_given_is_not_taken_as_given(tmp_path):
+    recipe = tmp_path / "r.json"
+    recipe.write_text('{"eval_strategy": "epoch"}')
+    *_, training_args = parse_arguments([str(recipe), "--output_dir", "here"])
+    assert training_args.do_train and training_args.do_eval and training_args.eval_strategy == "epoch"
+    assert training_args.output_dir == "here" and "output_dir" not in " ".join(training_args.notes)
+    *_, training_args = parse_arguments(["--do_train"])
+    assert not training_args.do_eval and training_args.eval_strategy == "no"
+
+
 def test_flags_after_a_recipe_win(tmp_path):
     recipe = write_recipe(tmp_path / "recipe.json", corpus="python-docs", max_steps=7)
     _, data_args, training_args = parse_arguments([recipe, "--max_steps", "9", "--objective", "mlm"])
     assert (training_args.max_steps, training_args.learning_rate) == (9, RECIPE["learning_rate"])
     assert (data_args.objective, data_args.corpus) == ("mlm", "python-docs")
+
+
+def test_what_flags_leave_without_effect_in_a_recipe_is_told(tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", corpus="python-docs")
+    *_, training_args = parse_arguments([recipe, "--do_eval", "false"])
+    assert any("eval_steps=6 has no effect: it needs --do_eval" in note for note in training_args.notes)
+    with pytest.raises(ValueError, match="eval_steps=7.0 has no effect"):
+        parse_arguments([recipe, "--do_eval", "false", "--eval_steps", "7"])
+
+
+def test_every_option_of_the_trainer_has_a_rule_or_works():
+    """The tables name no option that there is not: a new release of the Trainer may drop some."""
+    options = {
+        option.name
+        for group in (*run_language_modeling.ARGUMENT_GROUPS, *distill_from_bert.ARGUMENT_GROUPS)
+        for option in fields(group)
+    }
+    needy = {name for _, names in training_options.NEEDS for name in names}
+    tables = (training_options.REFUSED, training_options.AT_LEAST, training_options.ABOVE, training_options.BELOW)
+    assert needy.union(*tables) <= options
+    assert not needy & set(training_options.REFUSED)
+
+
+def test_help_tells_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: models)" in said and "(default: 16000)" in said and "(default: 0.06)" in said
 
 
 def test_overrides_are_read_as_text_and_as_an_object():
@@ -91,7 +161,7 @@ def test_report_is_complete(finished):
     assert report["train"]["step"] == RECIPE["max_steps"]
     for said in (f"{report['model']['parameters']:,} parameters", "12 documents", "12 steps", str(output_dir)):
         assert said in printed
-    assert printed.rstrip().splitlines()[-6] == "The fox sees the [MASK]."
+    assert printed.rstrip().splitlines()[-6] == '"The fox" sees the [MASK].'
     card = (output_dir / "README.md").read_text()
     assert str(output_dir.parent.parent) not in card and "cache" not in card, "a published card tells no local path"
     for said in (
@@ -105,26 +175,17 @@ def test_report_is_complete(finished):
     assert (output_dir / "training_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_saved_folder_works_elsewhere_without_this_code(finished, tmp_path):
-    snippet = """
-import sys
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, pipeline
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+def test_card_works_elsewhere_without_this_code(finished, tmp_path):
+    then = """
+from transformers import AutoModelForPreTraining
 inputs = tokenizer("The fox sees the river.", "A sailor sells bread.", return_tensors="pt")
 assert inputs["token_type_ids"].sum() > 0
-model = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 assert model.config.vocab_size == len(tokenizer) == model(**inputs).logits.shape[-1]
-assert len(pipeline("fill-mask", model=model, tokenizer=tokenizer)("The fox sees the [MASK].")) == 5
-assert hasattr(AutoModelForPreTraining.from_pretrained(sys.argv[1], trust_remote_code=True)(**inputs), "sop_loss")
+assert hasattr(AutoModelForPreTraining.from_pretrained("run", trust_remote_code=True)(**inputs), "sop_loss")
 """
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", snippet, str(finished[0])]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_card_snippet(finished[0], tmp_path, then)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'sequence'") == 5
 
 
 def test_evaluation_is_exact_whatever_the_batch_size(finished, text):
@@ -139,6 +200,7 @@ def test_evaluation_is_exact_whatever_the_batch_size(finished, text):
         config_overrides=None,
         eval_steps=None,
         per_device_eval_batch_size=5,
+        **dict.fromkeys(TRAINING_ALONE),
         **sources(text, tokenizer_name=None),
     )
     pretraining = run_language_modeling.Pretraining(*parse_arguments([recipe]))
@@ -224,7 +286,7 @@ def test_recipes_dry_run(recipe, text, tmp_path):
     values = json.loads(recipe.read_text())
     parse_arguments([str(recipe), "--use_cpu"])
     source = ("dataset_name", "dataset_config_name", "corpus", "document_boundary", "train_tokenizer")
-    for name in (*source, "preprocessing_num_workers"):
+    for name in (*source, "vocab_size", "preprocessing_num_workers"):
         values.pop(name, None)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_lambda_queries": 4}
     values |= sources(text, output_dir=str(tmp_path / "run"), dry_run=True, use_cpu=True, disable_tqdm=True)
@@ -362,6 +424,18 @@ def test_no_limit_of_length_without_position_embeddings(text, tmp_path):
 class TestMistakes:
     """Each ends in one line that names what to change, before anything is written."""
 
+    @pytest.fixture
+    def prepared(self, monkeypatch):
+        """The texts that were read: reading one ends the command."""
+        read = []
+
+        def load(*args, **kwargs):
+            read.append(args)
+            raise AssertionError("text was read")
+
+        monkeypatch.setattr(training_run, "load_corpus", load)
+        return read
+
     def complaint(self, capfd, tmp_path, arguments):
         output_dir = tmp_path / "run"
         assert run_language_modeling.main([*arguments, "--output_dir", str(output_dir)]) == 1
@@ -380,38 +454,113 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "flags, named",
         [
-            (["--do_trian"], "--do_trian"),
-            (["--do_train", "--max_steps", "many"], "many"),
-            (["--objective", "clm"], "clm"),
-            ([], "--do_train"),
-            (["--do_eval"], "--model_name_or_path"),
-            (["--do_train", "--streaming"], "--max_steps"),
-            (["--do_train", "--config_overrides", "hidden_size"], "field=value"),
-            (["--do_train", "--config_overrides", "hidden_sizes=3"], "hidden_sizes"),
-            (["--do_train", "--config_overrides", "hidden_size=30"], "num_lambda_queries"),
-            (["--do_train", "--config_overrides", "hidden_size=big"], "hidden_size"),
-            (["--do_train", "--config_overrides", "vocab_size=100"], "vocab_size=100"),
-            (["--do_train", "--max_seq_length", "600"], "max_position_embeddings"),
-            (["--do_train", "--max_seq_length", "4"], "max_seq_length"),
-            (["--do_train", "--config_name", "nowhere"], "nowhere"),
-            (["--do_train", "--model_name_or_path", "nowhere"], "nowhere"),
-            (["--do_train", "--train_tokenizer"], "tokenizer_name"),
-            (["--do_train", "--tokenizer_name", "nowhere"], "nowhere"),
-            (["--do_train", "--fsdp"], "fsdp"),
+            ("--do_trian", "--do_trian"),
+            ("--do_train false --do_eval false", "--do_train"),
+            ("--do_eval", "--model_name_or_path"),
+            ("--max_steps many", "many"),
+            ("--learning_rate fast", "learning_rate"),
+            ("--objective clm", "clm"),
+            ("--eval_strategy often", "often"),
+            # values that cannot work
+            ("--learning_rate inf", "learning_rate=inf"),
+            ("--learning_rate nan", "learning_rate=nan"),
+            ("--learning_rate -1", "learning_rate=-1.0"),
+            ("--weight_decay nan", "weight_decay=nan"),
+            ("--max_grad_norm nan", "max_grad_norm=nan"),
+            ("--mlm_probability nan", "mlm_probability=nan"),
+            ("--adam_beta1 1", "adam_beta1=1.0"),
+            ("--adam_beta2 -0.1", "adam_beta2=-0.1"),
+            ("--adam_epsilon 0", "adam_epsilon=0"),
+            ("--warmup_steps -1", "warmup_steps=-1"),
+            ("--gradient_accumulation_steps -2", "gradient_accumulation_steps=-2"),
+            ("--per_device_train_batch_size 0", "per_device_train_batch_size=0"),
+            ("--per_device_eval_batch_size 0", "per_device_eval_batch_size=0"),
+            ("--num_train_epochs -1 --max_steps -1", "num_train_epochs=-1"),
+            ("--max_steps 0", "max_steps=0"),
+            ("--max_steps -5", "max_steps=-5"),
+            ("--eval_steps 0", "eval_steps=0"),
+            ("--save_steps 0", "save_steps=0"),
+            ("--logging_steps 0", "logging_steps=0"),
+            ("--logging_steps 2.5", "logging_steps"),
+            ("--save_total_limit 0", "save_total_limit=0"),
+            ("--seed -1", "seed=-1"),
+            ("--dataloader_num_workers -1", "dataloader_num_workers=-1"),
+            ("--train_tokenizer --vocab_size 3", "vocab_size=3"),
+            ("--lr_scheduler_kwargs nonsense", "lr_scheduler_kwargs"),
+            ("--accelerator_config nowhere.json", "accelerator_config"),
+            # what the Trainer and its parts refuse
+            ("--report_to nobody", "report_to=nobody"),
+            ("--report_to flyte", "report_to=flyte"),
+            ("--bf16_full_eval --fp16_full_eval", "fp16"),
+            ("--optim galore_adamw --optim_target_modules all-linear", "galore_torch"),
+            ("--optim lomo", "lomo"),
+            ("--optim sgd --optim_args momentum", "Trainer"),
+            ('--lr_scheduler_type cosine --lr_scheduler_kwargs {"cycles":1}', "cycles"),
+            ("--torch_compile_backend turbo", "torch_compile_backend=turbo"),
+            ("--torch_compile_mode fastest", "torch_compile_mode=fastest"),
+            ('--activation_checkpointing --activation_checkpointing_kwargs {"deep":1}', "deep"),
+            ('--accelerator_config {"quick":1}', "quick"),
+            ("--dataloader_num_workers 1 --dataloader_multiprocessing_context teleport", "teleport"),
+            ('--deepspeed {"train_batch_size":1}', "deepspeed"),
+            ("--fsdp full_shard", "fsdp"),
+            ("--push_to_hub", "push_to_hub"),
+            ("--load_best_model_at_end --save_steps 6 --eval_steps 6 --metric_for_best_model beauty", "beauty"),
+            # what has no effect
+            ("--label_smoothing_factor 0.1", "label_smoothing_factor=0.1"),
+            ("--do_predict", "do_predict"),
+            ("--resume_from_checkpoint here", "resume_from_checkpoint"),
+            ("--use_liger_kernel", "use_liger_kernel"),
+            ("--save_only_model", "save_only_model"),
+            ("--vocab_size 100", "vocab_size=100"),
+            ("--lowercase", "lowercase"),
+            ("--do_train --do_eval false --eval_steps 7", "eval_steps=7"),
+            ("--do_train --max_eval_samples 7", "max_eval_samples=7"),
+            ("--eval_strategy epoch --eval_steps 7", "eval_steps=7"),
+            ("--max_steps 3 --num_train_epochs 2", "num_train_epochs=2"),
+            ("--lr_scheduler_type constant --warmup_steps 3", "warmup_steps=3"),
+            ("--optim sgd --adam_beta1 0.8", "adam_beta1=0.8"),
+            ("--run_name mine", "run_name=mine"),
+            ("--hub_model_id mine", "hub_model_id=mine"),
+            ("--dataloader_prefetch_factor 2", "dataloader_prefetch_factor=2"),
+            # sentence, config, tokenizer
+            ("--masked_sentence nothing", "masked_sentence='nothing'"),
+            ("--masked_sentence [MASK][MASK]", "2 times"),
+            ("--masked_sentence " + "fox." * 200 + "[MASK]", "shorten it"),
+            ("--masked_sentence=", "masked_sentence is empty"),
+            ("--config_overrides hidden_size", "field=value"),
+            ("--config_overrides hidden_size=8,hidden_size=16", "hidden_size"),
+            ("--config_overrides hidden_sizes=3", "hidden_sizes"),
+            ("--config_overrides hidden_size=30", "num_lambda_queries"),
+            ("--config_overrides hidden_size=big", "hidden_size"),
+            ("--config_overrides layer_norm_eps=NaN", "nan"),
+            ("--config_overrides vocab_size=100", "vocab_size=100"),
+            ("--config_overrides type_vocab_size=1", "type_vocab_size=1"),
+            ("--config_overrides pad_token_id=7", "pad_token_id=7"),
+            ("--config_overrides num_hidden_layers=1000000000", "GiB"),
+            ("--config_overrides intermediate_size=1000000000", "intermediate_size=1000000000"),
+            ("--config_overrides hidden_size=8000000000000000000", "tensor"),
+            ("--per_device_train_batch_size 1000000000", "per_device_train_batch_size"),
+            ("--max_seq_length 600", "max_position_embeddings"),
+            ("--max_seq_length 4", "max_seq_length"),
+            ("--config_name nowhere", "nowhere"),
+            ("--model_name_or_path nowhere", "nowhere"),
+            ("--train_tokenizer", "tokenizer_name"),
+            ("--tokenizer_name nowhere", "nowhere"),
+            ("--streaming --max_steps -1", "--max_steps"),
         ],
-        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
-    def test_options(self, capfd, tmp_path, text, flags, named):
-        recipe = write_recipe(
-            tmp_path / "r.json",
-            do_train=None,
-            do_eval=None,
-            eval_steps=None,
-            max_steps=None,
-            config_overrides=None,
-            **sources(text),
-        )
-        assert named in self.complaint(capfd, tmp_path, [recipe, *flags])
+    def test_options(self, capfd, tmp_path, text, prepared, flags, named):
+        values = {**sources(text), "use_cpu": True, "disable_tqdm": True}
+        if "masked_sentence" in flags and "fox" in flags:
+            values["config_overrides"] = {"max_position_embeddings": 128}
+        if "train_tokenizer" in flags and "vocab_size" in flags:
+            del values["tokenizer_name"]
+        if "--do_train" in flags.split():
+            del values["validation_file"]
+        recipe = tmp_path / "r.json"
+        recipe.write_text(json.dumps(values))
+        assert named in self.complaint(capfd, tmp_path, [str(recipe), *flags.split()])
+        assert not prepared
 
     @pytest.mark.parametrize(
         "content, named",
@@ -420,13 +569,90 @@ class TestMistakes:
             ("{", "JSON"),
             ("[1]", "object"),
             (None, "r.json"),
+            ('{"max_steps": 3, "max_steps": 4}', "max_steps"),
+            ('{"max_steps": "3"}', 'max_steps is "3", but it takes a whole number'),
+            ('{"max_steps": 3.5}', "whole number"),
+            ('{"max_steps": null}', "max_steps is null"),
+            ('{"learning_rate": true}', "learning_rate is true, but it takes a number"),
+            ('{"learning_rate": NaN}', "learning_rate=nan"),
+            ('{"do_train": 1}', "do_train is 1, but it takes true or false"),
+            ('{"train_file": [["a"]]}', "a list of strings"),
+            ('{"train_file": {"a": 1}}', "a list of strings"),
+            ('{"output_dir": 5}', "output_dir is 5, but it takes a string"),
+            ('{"config_overrides": [1]}', "an object"),
+            ('{"config_overrides": {"layer_norm_eps": Infinity}}', "inf"),
+            ('{"config_overrides": {"hidden_size": {"a": 1}}}', "hidden_size"),
+            ('{"lr_scheduler_type": "steep"}', "steep"),
+            ('{"eval_strategy": "often"}', "often"),
+            ('{"objective": "clm"}', "clm"),
+            ('{"debug": ["everything"]}', "everything"),
+            ("[" * 100_000, "JSON"),
         ],
     )
-    def test_recipe(self, capfd, tmp_path, content, named):
+    def test_recipe(self, capfd, tmp_path, text, prepared, content, named):
         recipe = tmp_path / "r.json"
         if content is not None:
             recipe.write_text(content)
-        assert named in self.complaint(capfd, tmp_path, [str(recipe)])
+        flags = ["--tokenizer_name", str(text / "tokenizer"), "--validation_file", str(text / "valid.txt")]
+        assert named in self.complaint(capfd, tmp_path, [str(recipe), *flags])
+        assert not prepared
+
+    @pytest.mark.parametrize(
+        "name, content, named",
+        [
+            ("vocab.txt", bytes(range(256)), "no text"),
+            ("vocab.txt", b"", "[PAD]"),
+            ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nfox\n", "[MASK]"),
+            ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfox\nfox\n", "'fox' twice"),
+            ("tokenizer.json", b"{}", "tokenizer.json"),
+            ("folder/tokenizer.json", b'{"model": ', "no tokenizer that can be read"),
+            ("folder/tokenizer.json", b'{"model": 5}', "no tokenizer that can be read"),
+            ("folder/tokenizer_config.json", b"[]", "no tokenizer that can be read"),
+        ],
+    )
+    def test_broken_tokenizer(self, capfd, tmp_path, text, prepared, name, content, named):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        source = file if file.parent == tmp_path else file.parent
+        line = self.complaint(
+            capfd, tmp_path, ["--train_file", str(text / "train.txt"), "--tokenizer_name", str(source)]
+        )
+        assert named in line and f"tokenizer_name={source}" in line
+        assert not prepared
+
+    @pytest.mark.parametrize(
+        "content", ['{"hidden_size": ', "[1]", '{"hidden_size": "wide"}', '{"model_type": "bert"}']
+    )
+    def test_broken_config(self, capfd, tmp_path, text, prepared, content):
+        (tmp_path / "config.json").write_text(content)
+        sources = ["--train_file", str(text / "train.txt"), "--tokenizer_name", str(text / "tokenizer")]
+        line = self.complaint(capfd, tmp_path, [*sources, "--config_name", str(tmp_path / "config.json")])
+        assert str(tmp_path) in line or "hidden_size" in line
+        assert "drop" not in line, "what was not given cannot be dropped"
+        assert not prepared
+
+    def test_mistake_of_the_program_names_its_type(self, capfd, tmp_path, text, monkeypatch):
+        def broken(*args, **kwargs):
+            raise KeyError("words")
+
+        monkeypatch.setattr(training_run, "load_corpus", broken)
+        recipe = write_recipe(tmp_path / "r.json", **sources(text))
+        assert "KeyError: 'words'" in self.complaint(capfd, tmp_path, [recipe])
+        recipe = write_recipe(tmp_path / "r.json", log_level="debug", **sources(text))
+        with caplog_at_debug() as said:
+            assert run_language_modeling.main([recipe, "--output_dir", str(tmp_path / "run")]) == 1
+        assert any(record.exc_info and record.exc_info[0] is KeyError for record in said)
+
+    def test_full_disk_at_the_end(self, capfd, tmp_path, text, monkeypatch):
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device", "metrics.json")
+
+        monkeypatch.setattr(run_language_modeling, "write_report", full)
+        recipe = write_recipe(tmp_path / "r.json", output_dir=str(tmp_path / "run"), max_steps=1, **sources(text))
+        assert run_language_modeling.main([recipe]) == 1
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "No space left" in lines[0]
 
     @pytest.mark.parametrize(
         "content, named",

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import pretraining_data
+import training_run
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM
 from pretraining_trainer import PretrainingTrainer
@@ -160,6 +161,7 @@ def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
         return collate(self, features, *args, **kwargs)
 
     monkeypatch.setattr(pretraining_data.MaskingCollator, "__call__", record)
+    monkeypatch.setattr(training_run, "rehearse", lambda run: None)  # it has examples of its own
     run(
         text,
         tmp_path / "run",
@@ -170,6 +172,7 @@ def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
         num_train_epochs=1,
         do_eval=False,
         eval_steps=None,
+        validation_file=None,
     )
     examples = seen.read_text().splitlines()
     assert len(examples) == 40

@@ -21,7 +21,7 @@ from transformers import modeling_utils
 import run_language_modeling
 from run_folder import CODE_FILES, RUN_FILES, check_output_folder, is_whole, last_whole_checkpoint
 from run_settings import COMPUTING_FIELDS, EVALUATION_FIELDS, WATCHING_FIELDS
-from training_run import RunArguments
+from training_options import RunArguments
 from training_support import finish, start_command, write_recipe, write_text
 
 
@@ -30,11 +30,10 @@ def recipe_for(text, output_dir, **values):
         output_dir.with_suffix(".json"),
         output_dir=str(output_dir),
         train_file=[str(text / "train.txt")],
-        validation_file=[str(text / "valid.txt")],
         tokenizer_name=str(text / "tokenizer"),
         data_cache_dir=str(text / "cache"),
         gradient_accumulation_steps=2,
-        **values,
+        **{"validation_file": [str(text / "valid.txt")], **values},
     )
 
 
@@ -126,7 +125,8 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
 
 def test_stream_goes_on_in_a_later_pass(text, tmp_path, capfd):
     stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 16, "save_steps": 8, "do_eval": None}
-    recipes = [recipe_for(text, tmp_path / name, **stream, eval_steps=None) for name in ("whole", "killed")]
+    stream |= {"eval_steps": None, "validation_file": None}
+    recipes = [recipe_for(text, tmp_path / name, **stream) for name in ("whole", "killed")]
     log = tmp_path / "log"
     assert finish(start_command([recipes[0]], log)) == [0], log.read_text()
     process = start_command([recipes[1]], log)
@@ -147,7 +147,10 @@ def test_finished_run_started_again_changes_no_file(text, finished, tmp_path, ca
     watching = dict(logging_steps=1, save_steps=2, eval_steps=3, per_device_eval_batch_size=2, save_total_limit=1)
     assert run_language_modeling.main([recipe_for(text, output_dir, **watching, dataloader_num_workers=1)]) == 0
     assert "nothing is left to train" in caplog.text and "stays as it is" in caplog.text
-    assert run_language_modeling.main([recipe_for(text, output_dir, do_eval=False, eval_steps=None)]) == 0
+    assert (
+        run_language_modeling.main([recipe_for(text, output_dir, do_eval=False, eval_steps=None, validation_file=None)])
+        == 0
+    )
     assert contents(output_dir) == before
 
 
@@ -422,6 +425,7 @@ def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path)
     train = tmp_path / "train.txt"
     shutil.copy(text / "train.txt", train)
     stream = {"streaming": True, "shuffle_buffer_size": 8, "max_steps": 40, "do_eval": None, "eval_steps": None}
+    stream |= {"validation_file": None}
     recipe = recipe_for(text, tmp_path / "run", **stream)
     log = tmp_path / "log"
     process = start_command([recipe, "--train_file", str(train)], log)

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import socket
+import subprocess
 import sys
 import traceback
 
@@ -135,3 +136,23 @@ def start_distributed(argv, log, processes=2, command=run_language_modeling.main
 def finish(*processes):
     """Waits for processes; returns their exit statuses, negative for the signal that ended one."""
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+
+
+def run_card_snippet(output_dir, scratch, then=""):
+    """Runs the Python of a folder's model card beside it, without this code and with nobody to answer a question.
+
+    Args:
+        output_dir: the folder.
+        scratch: an empty folder.
+        then: code that goes on from it.
+    """
+    snippet = (output_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+    }
+    command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-I", "-c", snippet + then]
+    return subprocess.run(
+        command, cwd=output_dir.parent, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
