@@ -167,10 +167,22 @@ def load_corpus(
     return {split: documents[split] for split, wanted in (("train", train), ("validation", evaluate)) if wanted}
 
 
-def document_texts(documents: Dataset | IterableDataset) -> Iterator[str]:
-    """Yields the text of each document that has any."""
-    for batch in documents.iter(batch_size=DOCUMENTS_AT_A_TIME):
-        yield from filter(None, batch["text"])
+@dataclass(frozen=True)
+class DocumentTexts:
+    """The text of each document that has any; read anew each time it is gone through.
+
+    Attributes:
+        documents: One document a row, in the column "text".
+        limit: How many texts to give at most; all if None.
+    """
+
+    documents: Dataset | IterableDataset
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        batches = self.documents.iter(batch_size=DOCUMENTS_AT_A_TIME)
+        texts = itertools.chain.from_iterable(batch["text"] for batch in batches)
+        return itertools.islice(filter(None, texts), self.limit)
 
 
 def detect_boundary(rows: Iterable[str | None], *, rows_are_lines: bool) -> str:

@@ -18,10 +18,12 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import random
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,9 +39,19 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer
-from transformers import BertTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import FixedLength, Sequence
+from tokenizers.trainers import WordPieceTrainer
+from transformers import (
+    BertTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from corpora import CorpusArguments, document_texts
+from corpora import CorpusArguments, DocumentTexts
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVES = ("nsp", "sop", "mlm")
 SENTENCE_LABELS = {"nsp": "next_sentence_label", "sop": "sentence_order_label"}
@@ -50,6 +62,7 @@ LABEL_NAMES = {
 }
 NAMED_SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token")
 UNKNOWN_WORD = "<unk>"  # WikiText's mark for a rare word
+UNKNOWN_TOKEN = "[UNK]"
 IGNORED_LABEL = -100
 
 DOCUMENTS_AT_A_TIME = 64
@@ -58,6 +71,10 @@ CHARACTERS_AT_A_TIME = 1 << 18
 LONGEST_SPLIT = 1 << 16  # characters
 RANDOM_SEGMENT_TRIES = 8
 LARGEST_ALPHABET = 1000
+LONGEST_WORD = 100  # characters
+# Shares above which a warning is given.
+MUCH_UNKNOWN = 0.05
+MANY_SINGLE_SENTENCES = 0.2
 PREPARATION_CODE = Path(__file__).read_bytes()
 
 
@@ -164,11 +181,14 @@ class DataArguments(TextArguments):
 
 @dataclass(frozen=True)
 class PreparationSummary:
-    """What preparation found and made; None where a stream cannot know.
+    """What preparation found and made.
 
     Attributes:
-        documents: Documents with text.
-        skipped_rows: Rows without text, which were left out.
+        unknown_share: Share of the text's tokens that are unknown, and so never predicted.
+        single_sentence_share: Share of the documents whose A and B are two halves of their only sentence; None
+            without pairs.
+        documents: Documents with text; of a stream, those that the shares were taken from.
+        skipped_rows: Rows without text, which were left out; None of a stream, as all below.
         short_documents: Documents of a single token, too short for a pair, which were left out.
         sentences: Sentences in all documents.
         examples: Examples made of them.
@@ -176,7 +196,9 @@ class PreparationSummary:
         cache_directory: Where the examples are kept.
     """
 
-    documents: int | None = None
+    unknown_share: float
+    single_sentence_share: float | None
+    documents: int
     skipped_rows: int | None = None
     short_documents: int | None = None
     sentences: int | None = None
@@ -184,18 +206,37 @@ class PreparationSummary:
     tokens: int | None = None
     cache_directory: str | None = None
 
-    def __str__(self):
-        if self.documents is None:
-            return "streamed: nothing is counted in advance"
+    def __str__(self) -> str:
+        if self.examples is None:
+            return f"streamed; in the first {self.documents:,} documents, {self._shares()}"
         text = (
             f"{self.documents:,} documents, {self.sentences:,} sentences, {self.examples:,} examples, "
-            f"{self.tokens:,} tokens"
+            f"{self.tokens:,} tokens, {self._shares()}"
         )
         if self.skipped_rows:
             text += f", skipped {self.skipped_rows:,} rows without text"
         if self.short_documents:
             text += f", skipped {self.short_documents:,} documents of a single token"
         return text + (f", kept in {self.cache_directory}" if self.cache_directory else "")
+
+    def _shares(self) -> str:
+        text = f"{self.unknown_share:.2%} of the text unknown tokens"
+        if self.single_sentence_share:
+            text += f", {self.single_sentence_share:.1%} of the documents a single sentence"
+        return text
+
+    def warnings(self) -> Iterator[str]:
+        """What a user should know before training on this."""
+        if self.unknown_share > MUCH_UNKNOWN:
+            yield (
+                f"{self.unknown_share:.1%} of the text's tokens are unknown to the tokenizer and are never predicted: "
+                "use a tokenizer for this text (--tokenizer_name), or train one (--train_tokenizer)."
+            )
+        if self.single_sentence_share is not None and self.single_sentence_share > MANY_SINGLE_SENTENCES:
+            yield (
+                f"{self.single_sentence_share:.1%} of the documents are a single sentence, so that A and B are its "
+                "halves: use --objective mlm, or set --document_boundary to what separates longer documents."
+            )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -215,30 +256,79 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def train_wordpiece(
     texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, max_length: int = 512
-) -> BertTokenizer:
-    """Trains a BERT tokenizer (WordPiece) on text.
+) -> PreTrainedTokenizerFast:
+    """Trains a BERT tokenizer (WordPiece) on text. The same text and settings always give the same tokenizer.
 
-    Two runs may choose different pieces among equally frequent ones: keep the tokenizer and load it to go on.
+    It differs from BERT's in one thing: a word of more than 100 characters, as in text without spaces, is cut into
+    words of 100, where BERT's would make it a single unknown token.
 
     Args:
-        texts: Documents. `<unk>` in them is not learned.
+        texts: Documents, which are gone through several times. `<unk>` in them is not learned.
         vocab_size: Largest number of tokens, special ones included.
         lowercase: Whether to drop case and accents.
         max_length: Stored as the tokenizer's `model_max_length`.
 
     Raises:
-        ValueError: If `vocab_size` is smaller than the alphabet of the texts needs, or there is no text.
+        ValueError: If `texts` can be gone through only once, there is no text, or `vocab_size` is smaller than the
+            alphabet of the texts needs.
     """
-    blank = BertTokenizer(do_lower_case=lowercase, model_max_length=max_length)
-    known = (text.replace(UNKNOWN_WORD, " ") for text in texts)
-    tokenizer = blank.train_new_from_iterator(known, vocab_size, limit_alphabet=LARGEST_ALPHABET)
-    if len(tokenizer) == len(blank):
+    if isinstance(texts, Iterator):
+        raise ValueError("texts is an iterator, which is empty after the first pass: give a list, or a DocumentTexts.")
+    blank = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
+    alphabet, word_parts = _pieces_of_one_character(texts, blank)
+    if not alphabet:
         raise ValueError("There is no text to train a tokenizer on: check the training files.")
-    if len(tokenizer) > vocab_size:
+    smallest = len(blank.get_vocab()) + len(alphabet) + len(word_parts)
+    if smallest > vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: special tokens and the characters of this text need "
-            f"{len(tokenizer)}."
+            f"vocab_size={vocab_size} is too small: special tokens and the characters of this text need {smallest}."
         )
+    special_tokens = sorted(blank.get_vocab(), key=blank.token_to_id)
+    # The trainer prefers smaller ids among equally frequent pairs, and would number word parts in the random order of
+    # a hash map; what it takes for special tokens is numbered as given.
+    vocabulary = _trained_vocabulary(
+        texts,
+        blank,
+        vocab_size=vocab_size,
+        special_tokens=special_tokens + word_parts,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+    )
+    trained = _blank_wordpiece(blank)
+    trained.model = WordPiece(vocabulary, unk_token=UNKNOWN_TOKEN, max_input_chars_per_word=LONGEST_WORD)
+    trained.post_processor = blank.post_processor
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        model_max_length=max_length,
+        model_input_names=BertTokenizer.model_input_names,
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+    )
+
+
+def _pieces_of_one_character(texts: Iterable[str], blank: Tokenizer) -> tuple[list[str], list[str]]:
+    """The characters to learn, at most `LARGEST_ALPHABET`, and those of them that occur within words, as "##x"."""
+    pieces = _trained_vocabulary(texts, blank, vocab_size=0)
+    alphabet = {piece for piece in pieces if len(piece) == 1}
+    if len(alphabet) > LARGEST_ALPHABET:
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(blank.normalizer.normalize_str(text))
+        alphabet = set(sorted(alphabet, key=lambda character: (-counts[character], character))[:LARGEST_ALPHABET])
+    return sorted(alphabet), sorted(piece for piece in pieces if len(piece) > 1 and piece[-1] in alphabet)
+
+
+def _trained_vocabulary(texts: Iterable[str], blank: Tokenizer, **settings: Any) -> dict[str, int]:
+    tokenizer = _blank_wordpiece(blank)
+    known = (text.replace(UNKNOWN_WORD, " ") for text in texts)
+    tokenizer.train_from_iterator(known, WordPieceTrainer(min_frequency=0, show_progress=False, **settings))
+    return tokenizer.get_vocab()
+
+
+def _blank_wordpiece(blank: Tokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(WordPiece({}, unk_token=UNKNOWN_TOKEN))
+    tokenizer.normalizer = blank.normalizer
+    tokenizer.decoder = blank.decoder
+    tokenizer.pre_tokenizer = Sequence([blank.pre_tokenizer, FixedLength(LONGEST_WORD)])
     return tokenizer
 
 
@@ -266,16 +356,16 @@ def prepare_examples(
         documents, tokenizer, recipe and code are the same. Of an `IterableDataset` nothing is kept.
 
     Raises:
-        ValueError: If the tokenizer lacks a special token, no example can be made, or there is a single document
-            where NSP needs two.
+        ValueError: If the tokenizer lacks a special token, no example can be made, there is a single document where
+            NSP needs two, or every token of the text is unknown.
     """
     check_tokenizer(tokenizer)
     tokenize = DocumentTokenizer(tokenizer, arguments.language)
     copies = arguments.dupe_factor if training else 1
     limit = arguments.max_train_samples if training else arguments.max_eval_samples
     if isinstance(documents, IterableDataset):
-        _check_stream(documents, arguments.objective)
         build = ExampleBuilder(tokenizer, arguments, seed, copies)
+        summary = _look_into_stream(documents, tokenize, build)
         examples = documents.map(
             StreamedExamples(tokenize, build),
             batched=True,
@@ -287,7 +377,7 @@ def prepare_examples(
             examples = examples.take(limit)
         if training:
             examples = examples.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size)
-        return examples, PreparationSummary()
+        return examples, _checked(summary, training)
 
     tokenized = _map(
         documents,
@@ -324,16 +414,19 @@ def prepare_examples(
     if limit is not None:
         examples = examples.select(range(min(limit, len(examples))))
     cache_files = examples.cache_files
+    sentences = list_lengths(tokenized, "sentence_lengths")
     summary = PreparationSummary(
+        unknown_share=_unknown_share(examples.data.column("input_ids"), build),
+        single_sentence_share=_single_sentence_share(lengths, sentences, build),
         documents=len(usable),
         skipped_rows=len(lengths) - len(usable),
         short_documents=int((lengths == 1).sum()) if arguments.objective in SENTENCE_LABELS else 0,
-        sentences=int(list_lengths(tokenized, "sentence_lengths").sum()),
+        sentences=int(sentences.sum()),
         examples=len(examples),
         tokens=int(list_lengths(examples, "input_ids").sum()),
         cache_directory=str(Path(cache_files[0]["filename"]).parent) if cache_files else None,
     )
-    return examples, summary
+    return examples, _checked(summary, training)
 
 
 def count_tokens(
@@ -572,6 +665,7 @@ class ExampleBuilder:
         id_type = _id_type(tokenizer)
         self.start_token = np.array([tokenizer.cls_token_id], dtype=id_type)
         self.end_token = np.array([tokenizer.sep_token_id], dtype=id_type)
+        self.unknown_id = tokenizer.unk_token_id
         self.features = Features({"input_ids": List(Value(id_type.name))})
         if self.objective in SENTENCE_LABELS:
             self.features["token_type_ids"] = List(Value("int8"))
@@ -834,10 +928,51 @@ def _tokenizer_threads(*, allowed: bool) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _check_stream(documents: IterableDataset, objective: str) -> None:
-    found = len(list(itertools.islice(document_texts(documents), 2)))
-    if objective == "nsp" and found < 2:
-        raise ValueError(_single_document_message(found))
+def _look_into_stream(
+    documents: IterableDataset, tokenize: DocumentTokenizer, build: "ExampleBuilder"
+) -> PreparationSummary:
+    texts = list(DocumentTexts(documents, limit=STREAMED_DOCUMENTS_AT_A_TIME))
+    tokenized = tokenize({"text": texts})
+    lengths, sentences = (
+        pc.list_value_length(tokenized.column(name)).to_numpy() for name in ("input_ids", "sentence_lengths")
+    )
+    usable = int(np.count_nonzero(lengths))
+    if build.objective == "nsp" and usable < 2:
+        raise ValueError(_single_document_message(usable))
+    return PreparationSummary(
+        unknown_share=_unknown_share(build(tokenized).column("input_ids"), build),
+        single_sentence_share=_single_sentence_share(lengths, sentences, build),
+        documents=usable,
+    )
+
+
+def _unknown_share(input_ids: pa.ChunkedArray, build: "ExampleBuilder") -> float:
+    """Share of unknown tokens in examples, special tokens around the text left out."""
+    unknown = text = 0
+    for chunk in input_ids.chunks:
+        ids = chunk.flatten().to_numpy()
+        unknown += int(np.count_nonzero(ids == build.unknown_id))
+        text += len(ids) - len(chunk) * _special_tokens(build.objective)
+    return unknown / max(text, 1)
+
+
+def _single_sentence_share(lengths: np.ndarray, sentences: np.ndarray, build: "ExampleBuilder") -> float | None:
+    """Args: lengths, sentences: Tokens and sentences of each document [documents]."""
+    if build.objective not in SENTENCE_LABELS:
+        return None
+    return float(np.mean(sentences[lengths > 1] == 1)) if (lengths > 1).any() else 0.0
+
+
+def _checked(summary: PreparationSummary, training: bool) -> PreparationSummary:
+    text = "training text" if training else "validation text"
+    if summary.unknown_share == 1:
+        raise ValueError(
+            f"Every token of the {text} is unknown to the tokenizer, so there is nothing to predict: use a tokenizer "
+            "for this text (--tokenizer_name), or train one (--train_tokenizer)."
+        )
+    for warning in summary.warnings():
+        logger.warning("Warning, %s: %s", text, warning)
+    return summary
 
 
 def _single_document_message(found: int) -> str:

@@ -10,7 +10,6 @@ flags after it win. The same command started again goes on from the last whole c
 import logging
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import training_run
 from configuration_lambdabert import LambdaBertConfig
-from corpora import document_texts
+from corpora import DocumentTexts
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
 from pretraining_data import (
     LABEL_NAMES,
@@ -122,9 +121,7 @@ def make_tokenizer(model_args, documents, streaming, checkpoint):
         return tokenizer
     if checkpoint is not None:
         return load_tokenizer(checkpoint)
-    texts = document_texts(documents["train"])
-    if streaming:
-        texts = islice(texts, STREAMED_TOKENIZER_DOCUMENTS)
+    texts = DocumentTexts(documents["train"], limit=STREAMED_TOKENIZER_DOCUMENTS if streaming else None)
     return train_wordpiece(texts, model_args.vocab_size, lowercase=model_args.lowercase)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpora import document_texts, load_corpus
+from corpora import DocumentTexts, load_corpus
 from environment import environment
 from pretraining_data import OBJECTIVES, DataArguments, prepare_examples
 
@@ -98,7 +98,7 @@ def measure(arguments: DataArguments, tokenizer, seed: int) -> dict[str, float]:
         with Stopwatch() as reopening:
             reopened = load_corpus(arguments, evaluate=False)["train"]
             prepare_examples(reopened, tokenizer, arguments, seed=seed, training=True)
-        text_bytes = sum(len(text.encode()) for text in document_texts(documents))
+        text_bytes = sum(len(text.encode()) for text in DocumentTexts(documents))
         stored_bytes = sum(file.stat().st_size for file in Path(arguments.data_cache_dir).rglob("*.arrow"))
     return {
         "text_mb": text_bytes / 1e6,

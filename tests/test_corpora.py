@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import corpora
-from corpora import CorpusArguments, detect_boundary, document_texts, group_rows, load_corpus
+from corpora import CorpusArguments, DocumentTexts, detect_boundary, group_rows, load_corpus
 
 DOCUMENTS = [
     "Rivers carry water to the sea.\nSome of them are long.",
@@ -62,7 +62,7 @@ def json_lines(rows):
 
 def training_texts(tmp_path, **fields):
     documents = load_corpus(arguments(tmp_path, **fields), evaluate=False)["train"]
-    return list(document_texts(documents))
+    return list(DocumentTexts(documents))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_validation_file_leaves_the_training_text_whole(tmp_path):
         loaded = load_corpus(
             arguments(tmp_path, train_file=train_file, validation_file=validation_file, streaming=streaming)
         )
-        assert list(document_texts(loaded["train"])) == DOCUMENTS
+        assert list(DocumentTexts(loaded["train"])) == DOCUMENTS
         assert isinstance(loaded["validation"], datasets.Dataset)
         assert loaded["validation"]["text"] == ["Held out.", "Text."]
     only = load_corpus(arguments(tmp_path, validation_file=validation_file), train=False)
@@ -200,8 +200,8 @@ def test_data_set_with_its_own_validation_split(tmp_path, streaming):
     write_parquet(folder / "validation.parquet", body=[*DOCUMENTS, None])
     fields = arguments(tmp_path, dataset_name=str(folder), text_column="body", streaming=streaming)
     loaded = load_corpus(fields)
-    assert list(document_texts(loaded["train"])) == list(group_rows(WIKITEXT.splitlines(), "heading"))
-    assert list(document_texts(loaded["validation"])) == DOCUMENTS
+    assert list(DocumentTexts(loaded["train"])) == list(group_rows(WIKITEXT.splitlines(), "heading"))
+    assert list(DocumentTexts(loaded["validation"])) == DOCUMENTS
     with pytest.raises(ValueError, match=r"text_column='text' is not a column .*body"):
         load_corpus(arguments(tmp_path, dataset_name=str(folder), streaming=streaming))
 

@@ -243,6 +243,42 @@ def test_summary_counts_what_is_there(tmp_path, tokenizer):
     assert "1 documents of a single token" in str(summary)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unknown_tokens_are_counted_and_warned_of(tmp_path, tokenizer, caplog, streaming):
+    def summary(words):
+        caplog.clear()
+        path = tmp_path / "corpus.txt"
+        path.write_text(f"{words}\n")
+        arguments = data_arguments(tmp_path, train_file=str(path), objective="mlm", streaming=streaming)
+        documents = load_corpus(arguments, evaluate=False)["train"]
+        return prepare_examples(documents, tokenizer, arguments, seed=1, training=True)[1]
+
+    few = summary("t7 t8 strange " + "t9 " * 37)
+    assert few.unknown_share == pytest.approx(1 / 40)
+    assert "2.50% of the text unknown tokens" in str(few)
+    assert not caplog.records
+    assert summary("t7 t8 strange").unknown_share == pytest.approx(1 / 3)
+    assert "33.3% of the text's tokens are unknown" in caplog.messages[-1]
+    with pytest.raises(ValueError, match="training text is unknown to the tokenizer, so there is nothing to predict"):
+        summary("strange words only")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_halves_of_sentences_are_counted_and_warned_of(tmp_path, tokenizer, caplog, streaming):
+    documents = NumberedDocuments([[4]] * 6 + [[3, 3]] * 4)
+    _, summary = prepare(tmp_path, documents, tokenizer, objective="nsp", streaming=streaming)
+    assert summary.single_sentence_share == pytest.approx(0.6)
+    assert "60.0% of the documents a single sentence" in str(summary)
+    assert "60.0% of the documents are a single sentence" in caplog.messages[-1]
+    assert "--objective mlm" in caplog.messages[-1]
+    caplog.clear()
+    _, summary = prepare(tmp_path, documents, tokenizer, objective="mlm", streaming=streaming)
+    assert summary.single_sentence_share is None
+    _, summary = prepare(tmp_path, NumberedDocuments([[3, 3]] * 9 + [[4]]), tokenizer, objective="sop")
+    assert summary.single_sentence_share == pytest.approx(0.1)
+    assert not caplog.records
+
+
 def test_limits_on_examples(tmp_path, tokenizer):
     documents = random_documents()
     fields = {"objective": "sop", "max_train_samples": 5, "max_eval_samples": 3}
@@ -589,7 +625,34 @@ def test_trained_tokenizer_works_like_any_other(tmp_path):
     assert lower.tokenize("THE SEA") == lower.tokenize("the sea")
 
 
+def words_of_equal_frequency(syllables, count=2000, seed=0):
+    rng = random.Random(seed)
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
+    return [" ".join(rng.choices(words, k=200)) for _ in range(10)]
+
+
+@pytest.mark.parametrize("syllables", ["ka ti mo re su la ni po".split(), list(map(chr, range(0xAC00, 0xB200)))])
+def test_the_same_text_gives_the_same_tokenizer(syllables):
+    texts = words_of_equal_frequency(syllables)
+    vocabularies = [train_wordpiece(texts, 2500).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+    letters = set("".join(texts)) - {" "}
+    assert sum(len(piece) == 1 for piece in vocabularies[0]) == min(len(letters), pretraining_data.LARGEST_ALPHABET)
+
+
+def test_a_trained_tokenizer_covers_text_without_spaces(tmp_path):
+    rng = random.Random(0)
+    lines = ["".join(rng.choices("ACGT", k=600)) for _ in range(20)]
+    train_wordpiece(lines, 60).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(lines[0])["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == lines[0]
+
+
 def test_tokenizer_training_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="empty after the first pass"):
+        train_wordpiece(iter(TRAINING_TEXTS), 90)
     with pytest.raises(ValueError, match="vocab_size=8 is too small"):
         train_wordpiece(TRAINING_TEXTS, 8)
     with pytest.raises(ValueError, match="no text to train a tokenizer"):
