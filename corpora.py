@@ -9,8 +9,11 @@ import itertools
 import json
 import logging
 import lzma
+import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +60,7 @@ FILE_KINDS = {
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 LINES_INSPECTED = 10_000
 BYTES_AT_A_TIME = 1 << 20
+SECONDS_BETWEEN_LOOKS = 1.0
 PREPARATION_CODE = Path(__file__).read_bytes()
 
 # WikiText writes " = Title = " above an article and " = = Section = = " within it.
@@ -501,7 +505,7 @@ def _file_documents(arguments: CorpusArguments, field_name: str, *, streaming: b
 
 
 def _data_set_documents(arguments: CorpusArguments, own_validation: bool) -> dict[str, Dataset | IterableDataset]:
-    with _readable_data_set(arguments), written_to_cache(arguments):
+    with _readable_data_set(arguments), written_to_cache(arguments), worker_processes():
         splits = _load_data_set(arguments)
     if "train" not in splits:
         raise ValueError(
@@ -672,6 +676,37 @@ def written_to_cache(arguments: CorpusArguments) -> Iterator[None]:
             f"data_cache_dir={place!r}: prepared text cannot be written there ({cause.strerror or cause}): free space, "
             "or name another folder."
         ) from error
+
+
+# The process whose forks are workers, while it has any.
+_employer: int | None = None
+
+
+@contextmanager
+def worker_processes() -> Iterator[None]:
+    """Processes that are forked within end with this one, even if it is killed."""
+    global _employer
+    _employer = os.getpid()
+    try:
+        yield
+    finally:
+        _employer = None
+
+
+def _end_with_employer() -> None:
+    global _employer
+    employer, _employer = _employer, None
+    if employer is not None:
+        threading.Thread(target=_watch, args=(employer,), daemon=True).start()
+
+
+def _watch(employer: int) -> None:
+    while os.getppid() == employer:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os._exit(1)
+
+
+os.register_at_fork(after_in_child=_end_with_employer)
 
 
 def _log_line_breaks(source: str, share: float, line_breaks: str | None) -> bool:

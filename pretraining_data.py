@@ -49,7 +49,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from corpora import CorpusArguments, DocumentTexts
+from corpora import CorpusArguments, DocumentTexts, no_effect, worker_processes, written_to_cache
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ UNKNOWN_WORD = "<unk>"  # WikiText's mark for a rare word
 UNKNOWN_TOKEN = "[UNK]"
 IGNORED_LABEL = -100
 
+DEFAULT_LANGUAGE = "en"
+DEFAULT_SHUFFLE_BUFFER = 10_000
+DEFAULT_SHORT_SEQ_PROBABILITY = 0.1
 DOCUMENTS_AT_A_TIME = 64
 STREAMED_DOCUMENTS_AT_A_TIME = 256
 CHARACTERS_AT_A_TIME = 1 << 18
@@ -86,8 +89,9 @@ class TextArguments(CorpusArguments):
         ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    language: str = field(
-        default="en", metadata={"help": "ISO 639 code of the text's language, for finding sentences."}
+    language: str | None = field(
+        default=None,
+        metadata={"help": "ISO 639 code of the text's language, for finding sentences; en if not given."},
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longest example in tokens, special ones included."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are to be predicted."})
@@ -100,8 +104,9 @@ class TextArguments(CorpusArguments):
     whole_word_mask: bool = field(
         default=False, metadata={"help": "Choose whole words to be predicted instead of tokens."}
     )
-    shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "Examples among which a stream is shuffled (with --streaming)."}
+    shuffle_buffer_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples among which a stream is shuffled (with --streaming); 10000 if not given."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation examples."})
@@ -123,6 +128,8 @@ class TextArguments(CorpusArguments):
         for name in ("shuffle_buffer_size", "max_train_samples", "max_eval_samples", "pad_to_multiple_of"):
             if getattr(self, name) is not None:
                 self.check_count(name)
+        if self.shuffle_buffer_size is not None and not self.streaming:
+            raise no_effect(self, "shuffle_buffer_size", "only a stream is shuffled in a buffer (streaming)")
 
     def check_share(self, name: str):
         if not 0 <= getattr(self, name) <= 1:
@@ -132,14 +139,16 @@ class TextArguments(CorpusArguments):
         if getattr(self, name) < 1:
             raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
 
-    def check_room(self, objective: str):
-        """Refuses a `max_seq_length` without room for text beside the special tokens."""
+    def check_objective(self, objective: str):
+        """Refuses a `max_seq_length` without room for text beside the special tokens, and options without effect."""
         shortest = _special_tokens(objective) + (2 if objective in SENTENCE_LABELS else 1)
         if self.max_seq_length < shortest:
             raise ValueError(
                 f"max_seq_length={self.max_seq_length} is too small for objective={objective!r}, which needs "
                 f"{shortest} tokens for its special tokens and text: raise it, to 128 for example."
             )
+        if objective == "mlm" and self.language is not None:
+            raise no_effect(self, "language", "text is not cut into sentences where there are no pairs")
 
 
 @dataclass
@@ -150,17 +159,17 @@ class DataArguments(TextArguments):
         ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    objective: str = field(
-        default="nsp",
+    objective: str | None = field(
+        default=None,
         metadata={
-            "help": "Task beside masked language modelling: next sentence prediction (nsp), sentence order "
-            "prediction (sop), or none (mlm).",
+            "help": "Task beside masked language modelling: next sentence prediction (nsp, if not given), sentence "
+            "order prediction (sop), or none (mlm).",
             "choices": list(OBJECTIVES),
         },
     )
     sop: bool = field(default=False, metadata={"help": "The same as --objective sop."})
-    short_seq_probability: float = field(
-        default=0.1, metadata={"help": "Share of pairs that aim at a random shorter length."}
+    short_seq_probability: float | None = field(
+        default=None, metadata={"help": "Share of pairs that aim at a random shorter length; 0.1 if not given."}
     )
     dupe_factor: int = field(
         default=1, metadata={"help": "How many times each training document is paired, differently each time."}
@@ -168,14 +177,17 @@ class DataArguments(TextArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sop:
-            if self.objective == "mlm":
-                raise ValueError("sop=True contradicts objective='mlm': leave one of them out.")
-            self.objective = "sop"
+        if self.sop and self.objective not in (None, "sop"):
+            raise ValueError(f"sop=True contradicts objective={self.objective!r}: leave one of them out.")
+        if self.objective is None:
+            self.objective = "sop" if self.sop else "nsp"
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: use one of {', '.join(OBJECTIVES)}.")
-        self.check_room(self.objective)
-        self.check_share("short_seq_probability")
+        self.check_objective(self.objective)
+        if self.short_seq_probability is not None:
+            self.check_share("short_seq_probability")
+            if self.objective == "mlm":
+                raise no_effect(self, "short_seq_probability", "only pairs are shortened, and mlm has none")
         self.check_count("dupe_factor")
 
 
@@ -239,8 +251,13 @@ class PreparationSummary:
             )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if a special token that pretraining needs is missing, or the tokenizer is not a fast one."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, whole_word_mask: bool = False) -> None:
+    """Refuses a tokenizer with which examples cannot be made or masked.
+
+    Raises:
+        ValueError: If a special token is missing, the tokenizer is not a fast one, or whole words are to be masked
+            and it does not mark the parts of words, as WordPiece does.
+    """
     missing = [name for name in NAMED_SPECIAL_TOKENS if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(
@@ -251,6 +268,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} is not backed by the `tokenizers` library: use a fast one."
+        )
+    if whole_word_mask and not _word_part_prefix(tokenizer):
+        raise ValueError(
+            f"whole_word_mask=True needs a WordPiece tokenizer, whose word parts are marked; "
+            f"{tokenizer.name_or_path!r} is not one: use another tokenizer, or leave whole_word_mask out."
         )
 
 
@@ -359,8 +381,9 @@ def prepare_examples(
         ValueError: If the tokenizer lacks a special token, no example can be made, there is a single document where
             NSP needs two, or every token of the text is unknown.
     """
-    check_tokenizer(tokenizer)
-    tokenize = DocumentTokenizer(tokenizer, arguments.language)
+    check_tokenizer(tokenizer, whole_word_mask=arguments.whole_word_mask)
+    language = arguments.language or DEFAULT_LANGUAGE
+    tokenize = DocumentTokenizer(tokenizer, language)
     copies = arguments.dupe_factor if training else 1
     limit = arguments.max_train_samples if training else arguments.max_eval_samples
     if isinstance(documents, IterableDataset):
@@ -376,7 +399,7 @@ def prepare_examples(
         if limit is not None:
             examples = examples.take(limit)
         if training:
-            examples = examples.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size)
+            examples = examples.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size or DEFAULT_SHUFFLE_BUFFER)
         return examples, _checked(summary, training)
 
     tokenized = _map(
@@ -384,7 +407,7 @@ def prepare_examples(
         tokenize,
         arguments,
         desc="Tokenizing documents",
-        settings=(_tokenizer_state(tokenizer), arguments.language, importlib.metadata.version("sentencex")),
+        settings=(_tokenizer_state(tokenizer), language, importlib.metadata.version("sentencex")),
     )
     lengths = list_lengths(tokenized, "input_ids")
     usable = np.flatnonzero(lengths)
@@ -400,7 +423,7 @@ def prepare_examples(
             _tokenizer_state(tokenizer),
             arguments.objective,
             arguments.max_seq_length,
-            arguments.short_seq_probability,
+            build.short_seq_probability,
             copies,
             seed,
         ),
@@ -659,6 +682,8 @@ class ExampleBuilder:
         self.objective = arguments.objective
         self.budget = arguments.max_seq_length - _special_tokens(arguments.objective)
         self.short_seq_probability = arguments.short_seq_probability
+        if self.short_seq_probability is None:
+            self.short_seq_probability = DEFAULT_SHORT_SEQ_PROBABILITY
         self.seed = seed
         self.copies = copies
         self.pool = pool
@@ -805,8 +830,8 @@ def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: TextArgument
     Raises:
         ValueError: If the tokenizer lacks a special token, or whole words are wanted of one that is not WordPiece.
     """
-    check_tokenizer(tokenizer)
     whole_words = arguments.whole_word_mask
+    check_tokenizer(tokenizer, whole_word_mask=whole_words)
     return MaskingCollator(
         tokenizer,
         mlm_probability=1.0 if whole_words else arguments.mlm_probability,
@@ -819,19 +844,14 @@ def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: TextArgument
     )
 
 
+def _word_part_prefix(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
+
+
 def _word_continues(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-    if not prefix:
-        raise ValueError(
-            f"whole_word_mask=True needs a WordPiece tokenizer, whose word parts are marked; "
-            f"{tokenizer.name_or_path!r} is not one: use another tokenizer, or leave whole_word_mask out."
-        )
-    return torch.tensor(
-        [
-            token is not None and token.startswith(prefix)
-            for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        ]
-    )
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    prefix = _word_part_prefix(tokenizer)
+    return torch.tensor([token is not None and token.startswith(prefix) for token in tokens])
 
 
 def _special_tokens(objective: str) -> int:
@@ -898,7 +918,7 @@ def _map(
 ) -> Dataset:
     """Maps and caches; the key is made of documents, settings and code, because a tokenizer changes as it is used."""
     workers = min(arguments.preprocessing_num_workers or 1, len(documents))
-    with _tokenizer_threads(allowed=workers == 1):
+    with _tokenizer_threads(allowed=workers == 1), worker_processes(), written_to_cache(arguments):
         return documents.map(
             function,
             batched=True,

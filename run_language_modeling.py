@@ -215,7 +215,7 @@ class Pretraining(TrainingRun):
     def open_model(self):
         if not self.model_args.train_tokenizer:
             self.tokenizer = make_tokenizer(self.model_args, None, False, None)
-            check_tokenizer(self.tokenizer)
+            check_tokenizer(self.tokenizer, whole_word_mask=self.data_args.whole_word_mask)
 
     def make_model(self, documents):
         model_args, data_args = self.model_args, self.data_args

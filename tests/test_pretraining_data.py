@@ -3,11 +3,15 @@
 import itertools
 import json
 import math
+import os
 import pickle
 import random
+import signal
+import time
 from collections import defaultdict
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -356,6 +360,41 @@ def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tok
     assert stages_run() == everything
 
 
+def is_running(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_prepares(tmp_path, tokenizer, monkeypatch, number):
+    def work_forever(self, documents):
+        (tmp_path / f"worker-{os.getpid()}").touch()
+        time.sleep(600)
+
+    monkeypatch.setattr(pretraining_data.DocumentTokenizer, "__call__", work_forever)
+    process = os.fork()
+    if process == 0:
+        try:
+            prepare(tmp_path, random_documents(), tokenizer, preprocessing_num_workers=2)
+        finally:
+            os._exit(1)
+    while len(list(tmp_path.glob("worker-*"))) < 2:
+        time.sleep(0.05)
+    workers = psutil.Process(process).children(recursive=True)
+    assert len(workers) >= 2
+    os.kill(process, number)
+    os.waitpid(process, 0)
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        worker.kill()
+    assert not left
+
+
 @pytest.mark.parametrize("objective", ["nsp", "sop", "mlm"])
 def test_a_stream_gives_the_same_examples(tmp_path, tokenizer, objective):
     documents = random_documents()
@@ -426,6 +465,10 @@ def test_a_tokenizer_without_a_special_token_is_refused(tmp_path, tokenizer, mis
         ({"max_seq_length": 2, "objective": "mlm"}, "max_seq_length=2 is too small.*needs 3"),
         ({"objective": "rtd"}, "objective='rtd' is unknown: use one of nsp, sop, mlm"),
         ({"objective": "mlm", "sop": True}, "sop=True contradicts"),
+        ({"objective": "nsp", "sop": True}, "sop=True contradicts"),
+        ({"objective": "mlm", "language": "de"}, "language='de' has no effect"),
+        ({"objective": "mlm", "short_seq_probability": 0.1}, "short_seq_probability=0.1 has no effect"),
+        ({"shuffle_buffer_size": 10}, "shuffle_buffer_size=10 has no effect"),
         ({"mlm_probability": 1.5}, "mlm_probability=1.5"),
         ({"mlm_probability": 0.0}, "nothing to predict"),
         ({"mask_replace_prob": 0.9, "random_replace_prob": 0.2}, "exceed 1 together"),
@@ -576,6 +619,9 @@ def test_whole_words_need_a_tokenizer_that_marks_word_parts(tokenizer):
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     other = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    check_tokenizer(other)
+    with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
+        check_tokenizer(other, whole_word_mask=True)
     with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
         masking_collator(other, DataArguments(corpus="python-docs", whole_word_mask=True), seed=1)
 
