@@ -669,11 +669,11 @@ def written_to_cache(arguments: CorpusArguments) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         if isinstance(cause, UnreadableTextError):
             raise cause from None
-        if not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError | ConnectionError):
+        if not isinstance(cause, OSError) or cause.errno is None:  # those of `datasets` about its sources have none
             raise
         place = str(arguments.data_cache_dir or datasets.config.HF_DATASETS_CACHE)
         raise UnwritableCacheError(
-            f"data_cache_dir={place!r}: prepared text cannot be written there ({cause.strerror or cause}): free space, "
+            f"data_cache_dir={place!r}: prepared text cannot be written there ({cause.strerror}): free space, "
             "or name another folder."
         ) from error
 

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import signal
 import time
 from collections import defaultdict
@@ -14,12 +15,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 import pretraining_data
-from corpora import load_corpus
+from corpora import UnwritableCacheError, load_corpus
 from pretraining_data import (
     LABEL_NAMES,
     DataArguments,
@@ -358,6 +359,24 @@ def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tok
     assert stages_run(tokenizer=other) == everything
     documents.documents[0].append([NUMBER_OF_TOKENS - 1])
     assert stages_run() == everything
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_cache_is_named(tmp_path, tokenizer, workers):
+    """In a process of its own, which may not write files of more than 64 KB."""
+    documents = Dataset.from_dict({"text": ["t7 t8 t9 " * 300] * 500})
+    arguments = data_arguments(tmp_path, corpus="python-docs", preprocessing_num_workers=workers)
+    documents.save_to_disk(tmp_path / "documents")
+    process = os.fork()
+    if process == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+        try:
+            prepare_examples(load_from_disk(tmp_path / "documents"), tokenizer, arguments, seed=1, training=True)
+        except UnwritableCacheError as error:
+            os._exit(0 if "data_cache_dir" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
 def is_running(process):
