@@ -232,7 +232,7 @@ class PreparationSummary:
         return text + (f", kept in {self.cache_directory}" if self.cache_directory else "")
 
     def _shares(self) -> str:
-        text = f"{self.unknown_share:.2%} of the text unknown tokens"
+        text = f"{self.unknown_share:.2%} unknown tokens"
         if self.single_sentence_share:
             text += f", {self.single_sentence_share:.1%} of the documents a single sentence"
         return text
