@@ -171,7 +171,7 @@ class DistillationDataArguments(TextArguments):
         super().__post_init__()
         if self.examples not in (None, *EXAMPLES):
             raise ValueError(f"examples={self.examples!r} is unknown: use one of {', '.join(EXAMPLES)}.")
-        self.check_room(self.objective)
+        self.check_objective(self.objective)
 
     @property
     def objective(self):
@@ -329,12 +329,14 @@ class Distillation(TrainingRun):
                 f"teacher={name} cannot be read ({type(error).__name__}: {error}); name a folder or a hub model."
             ) from error
         check_teachers_tokenizer(self.tokenizer, bert.config, name)
+        check_tokenizer(self.tokenizer, whole_word_mask=data_args.whole_word_mask)
         self.teacher = Teacher(bert, tuple(self.sentence_transformer or ())[1:])
         if bad := non_finite_weights(bert, *self.teacher.sentence_modules):
             raise ValueError(f"teacher={name} has weights that are not finite ({', '.join(bad[:3])}); name another.")
         self.weights = self.loss_weights()
         if data_args.examples is None:
             data_args.examples = "stretches" if "masked_tokens" in self.weights.used else "sentences"
+            data_args.check_objective(data_args.objective)
         if data_args.max_seq_length > bert.config.max_position_embeddings:
             raise ValueError(
                 f"max_seq_length={data_args.max_seq_length} exceeds the teacher's max_position_embeddings="

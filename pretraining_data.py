@@ -18,10 +18,12 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import os
 import random
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,9 +39,19 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer
-from transformers import BertTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import FixedLength, Sequence
+from tokenizers.trainers import WordPieceTrainer
+from transformers import (
+    BertTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from corpora import CorpusArguments, document_texts
+from corpora import CorpusArguments, DocumentTexts, no_effect, worker_processes, written_to_cache
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVES = ("nsp", "sop", "mlm")
 SENTENCE_LABELS = {"nsp": "next_sentence_label", "sop": "sentence_order_label"}
@@ -50,14 +62,22 @@ LABEL_NAMES = {
 }
 NAMED_SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token")
 UNKNOWN_WORD = "<unk>"  # WikiText's mark for a rare word
+UNKNOWN_TOKEN = "[UNK]"
 IGNORED_LABEL = -100
 
+DEFAULT_LANGUAGE = "en"
+DEFAULT_SHUFFLE_BUFFER = 10_000
+DEFAULT_SHORT_SEQ_PROBABILITY = 0.1
 DOCUMENTS_AT_A_TIME = 64
 STREAMED_DOCUMENTS_AT_A_TIME = 256
 CHARACTERS_AT_A_TIME = 1 << 18
 LONGEST_SPLIT = 1 << 16  # characters
 RANDOM_SEGMENT_TRIES = 8
 LARGEST_ALPHABET = 1000
+LONGEST_WORD = 100  # characters
+# Shares above which a warning is given.
+MUCH_UNKNOWN = 0.05
+MANY_SINGLE_SENTENCES = 0.2
 PREPARATION_CODE = Path(__file__).read_bytes()
 
 
@@ -69,8 +89,9 @@ class TextArguments(CorpusArguments):
         ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    language: str = field(
-        default="en", metadata={"help": "ISO 639 code of the text's language, for finding sentences."}
+    language: str | None = field(
+        default=None,
+        metadata={"help": "ISO 639 code of the text's language, for finding sentences; en if not given."},
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longest example in tokens, special ones included."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are to be predicted."})
@@ -83,8 +104,9 @@ class TextArguments(CorpusArguments):
     whole_word_mask: bool = field(
         default=False, metadata={"help": "Choose whole words to be predicted instead of tokens."}
     )
-    shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "Examples among which a stream is shuffled (with --streaming)."}
+    shuffle_buffer_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples among which a stream is shuffled (with --streaming); 10000 if not given."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many validation examples."})
@@ -106,6 +128,8 @@ class TextArguments(CorpusArguments):
         for name in ("shuffle_buffer_size", "max_train_samples", "max_eval_samples", "pad_to_multiple_of"):
             if getattr(self, name) is not None:
                 self.check_count(name)
+        if self.shuffle_buffer_size is not None and not self.streaming:
+            raise no_effect(self, "shuffle_buffer_size", "only a stream is shuffled in a buffer (streaming)")
 
     def check_share(self, name: str):
         if not 0 <= getattr(self, name) <= 1:
@@ -115,14 +139,16 @@ class TextArguments(CorpusArguments):
         if getattr(self, name) < 1:
             raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
 
-    def check_room(self, objective: str):
-        """Refuses a `max_seq_length` without room for text beside the special tokens."""
+    def check_objective(self, objective: str):
+        """Refuses a `max_seq_length` without room for text beside the special tokens, and options without effect."""
         shortest = _special_tokens(objective) + (2 if objective in SENTENCE_LABELS else 1)
         if self.max_seq_length < shortest:
             raise ValueError(
                 f"max_seq_length={self.max_seq_length} is too small for objective={objective!r}, which needs "
                 f"{shortest} tokens for its special tokens and text: raise it, to 128 for example."
             )
+        if objective == "mlm" and self.language is not None:
+            raise no_effect(self, "language", "text is not cut into sentences where there are no pairs")
 
 
 @dataclass
@@ -133,17 +159,17 @@ class DataArguments(TextArguments):
         ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    objective: str = field(
-        default="nsp",
+    objective: str | None = field(
+        default=None,
         metadata={
-            "help": "Task beside masked language modelling: next sentence prediction (nsp), sentence order "
-            "prediction (sop), or none (mlm).",
+            "help": "Task beside masked language modelling: next sentence prediction (nsp, if not given), sentence "
+            "order prediction (sop), or none (mlm).",
             "choices": list(OBJECTIVES),
         },
     )
     sop: bool = field(default=False, metadata={"help": "The same as --objective sop."})
-    short_seq_probability: float = field(
-        default=0.1, metadata={"help": "Share of pairs that aim at a random shorter length."}
+    short_seq_probability: float | None = field(
+        default=None, metadata={"help": "Share of pairs that aim at a random shorter length; 0.1 if not given."}
     )
     dupe_factor: int = field(
         default=1, metadata={"help": "How many times each training document is paired, differently each time."}
@@ -151,24 +177,30 @@ class DataArguments(TextArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.sop:
-            if self.objective == "mlm":
-                raise ValueError("sop=True contradicts objective='mlm': leave one of them out.")
-            self.objective = "sop"
+        if self.sop and self.objective not in (None, "sop"):
+            raise ValueError(f"sop=True contradicts objective={self.objective!r}: leave one of them out.")
+        if self.objective is None:
+            self.objective = "sop" if self.sop else "nsp"
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is unknown: use one of {', '.join(OBJECTIVES)}.")
-        self.check_room(self.objective)
-        self.check_share("short_seq_probability")
+        self.check_objective(self.objective)
+        if self.short_seq_probability is not None:
+            self.check_share("short_seq_probability")
+            if self.objective == "mlm":
+                raise no_effect(self, "short_seq_probability", "only pairs are shortened, and mlm has none")
         self.check_count("dupe_factor")
 
 
 @dataclass(frozen=True)
 class PreparationSummary:
-    """What preparation found and made; None where a stream cannot know.
+    """What preparation found and made.
 
     Attributes:
-        documents: Documents with text.
-        skipped_rows: Rows without text, which were left out.
+        unknown_share: Share of the text's tokens that are unknown, and so never predicted.
+        single_sentence_share: Share of the documents whose A and B are two halves of their only sentence; None
+            without pairs.
+        documents: Documents with text; of a stream, those that the shares were taken from.
+        skipped_rows: Rows without text, which were left out; None of a stream, as all below.
         short_documents: Documents of a single token, too short for a pair, which were left out.
         sentences: Sentences in all documents.
         examples: Examples made of them.
@@ -176,7 +208,9 @@ class PreparationSummary:
         cache_directory: Where the examples are kept.
     """
 
-    documents: int | None = None
+    unknown_share: float
+    single_sentence_share: float | None
+    documents: int
     skipped_rows: int | None = None
     short_documents: int | None = None
     sentences: int | None = None
@@ -184,12 +218,12 @@ class PreparationSummary:
     tokens: int | None = None
     cache_directory: str | None = None
 
-    def __str__(self):
-        if self.documents is None:
-            return "streamed: nothing is counted in advance"
+    def __str__(self) -> str:
+        if self.examples is None:
+            return f"streamed; in the first {self.documents:,} documents, {self._shares()}"
         text = (
             f"{self.documents:,} documents, {self.sentences:,} sentences, {self.examples:,} examples, "
-            f"{self.tokens:,} tokens"
+            f"{self.tokens:,} tokens, {self._shares()}"
         )
         if self.skipped_rows:
             text += f", skipped {self.skipped_rows:,} rows without text"
@@ -197,9 +231,33 @@ class PreparationSummary:
             text += f", skipped {self.short_documents:,} documents of a single token"
         return text + (f", kept in {self.cache_directory}" if self.cache_directory else "")
 
+    def _shares(self) -> str:
+        text = f"{self.unknown_share:.2%} unknown tokens"
+        if self.single_sentence_share:
+            text += f", {self.single_sentence_share:.1%} of the documents a single sentence"
+        return text
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if a special token that pretraining needs is missing, or the tokenizer is not a fast one."""
+    def warnings(self) -> Iterator[str]:
+        """What a user should know before training on this."""
+        if self.unknown_share > MUCH_UNKNOWN:
+            yield (
+                f"{self.unknown_share:.1%} of the text's tokens are unknown to the tokenizer and are never predicted: "
+                "use a tokenizer for this text (--tokenizer_name), or train one (--train_tokenizer)."
+            )
+        if self.single_sentence_share is not None and self.single_sentence_share > MANY_SINGLE_SENTENCES:
+            yield (
+                f"{self.single_sentence_share:.1%} of the documents are a single sentence, so that A and B are its "
+                "halves: use --objective mlm, or set --document_boundary to what separates longer documents."
+            )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, whole_word_mask: bool = False) -> None:
+    """Refuses a tokenizer with which examples cannot be made or masked.
+
+    Raises:
+        ValueError: If a special token is missing, the tokenizer is not a fast one, or whole words are to be masked
+            and it does not mark the parts of words, as WordPiece does.
+    """
     missing = [name for name in NAMED_SPECIAL_TOKENS if getattr(tokenizer, name) is None]
     if missing:
         raise ValueError(
@@ -211,34 +269,88 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} is not backed by the `tokenizers` library: use a fast one."
         )
+    if whole_word_mask and not _word_part_prefix(tokenizer):
+        raise ValueError(
+            f"whole_word_mask=True needs a WordPiece tokenizer, whose word parts are marked; "
+            f"{tokenizer.name_or_path!r} is not one: use another tokenizer, or leave whole_word_mask out."
+        )
 
 
 def train_wordpiece(
     texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, max_length: int = 512
-) -> BertTokenizer:
-    """Trains a BERT tokenizer (WordPiece) on text.
+) -> PreTrainedTokenizerFast:
+    """Trains a BERT tokenizer (WordPiece) on text. The same text and settings always give the same tokenizer.
 
-    Two runs may choose different pieces among equally frequent ones: keep the tokenizer and load it to go on.
+    It differs from BERT's in one thing: a word of more than 100 characters, as in text without spaces, is cut into
+    words of 100, where BERT's would make it a single unknown token.
 
     Args:
-        texts: Documents. `<unk>` in them is not learned.
+        texts: Documents, which are gone through several times. `<unk>` in them is not learned.
         vocab_size: Largest number of tokens, special ones included.
         lowercase: Whether to drop case and accents.
         max_length: Stored as the tokenizer's `model_max_length`.
 
     Raises:
-        ValueError: If `vocab_size` is smaller than the alphabet of the texts needs, or there is no text.
+        ValueError: If `texts` can be gone through only once, there is no text, or `vocab_size` is smaller than the
+            alphabet of the texts needs.
     """
-    blank = BertTokenizer(do_lower_case=lowercase, model_max_length=max_length)
-    known = (text.replace(UNKNOWN_WORD, " ") for text in texts)
-    tokenizer = blank.train_new_from_iterator(known, vocab_size, limit_alphabet=LARGEST_ALPHABET)
-    if len(tokenizer) == len(blank):
+    if isinstance(texts, Iterator):
+        raise ValueError("texts is an iterator, which is empty after the first pass: give a list, or a DocumentTexts.")
+    blank = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
+    alphabet, word_parts = _pieces_of_one_character(texts, blank)
+    if not alphabet:
         raise ValueError("There is no text to train a tokenizer on: check the training files.")
-    if len(tokenizer) > vocab_size:
+    smallest = len(blank.get_vocab()) + len(alphabet) + len(word_parts)
+    if smallest > vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: special tokens and the characters of this text need "
-            f"{len(tokenizer)}."
+            f"vocab_size={vocab_size} is too small: special tokens and the characters of this text need {smallest}."
         )
+    special_tokens = sorted(blank.get_vocab(), key=blank.token_to_id)
+    # The trainer prefers smaller ids among equally frequent pairs, and would number word parts in the random order of
+    # a hash map; what it takes for special tokens is numbered as given.
+    vocabulary = _trained_vocabulary(
+        texts,
+        blank,
+        vocab_size=vocab_size,
+        special_tokens=special_tokens + word_parts,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+    )
+    trained = _blank_wordpiece(blank)
+    trained.model = WordPiece(vocabulary, unk_token=UNKNOWN_TOKEN, max_input_chars_per_word=LONGEST_WORD)
+    trained.post_processor = blank.post_processor
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained,
+        model_max_length=max_length,
+        model_input_names=BertTokenizer.model_input_names,
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+    )
+
+
+def _pieces_of_one_character(texts: Iterable[str], blank: Tokenizer) -> tuple[list[str], list[str]]:
+    """The characters to learn, at most `LARGEST_ALPHABET`, and those of them that occur within words, as "##x"."""
+    pieces = _trained_vocabulary(texts, blank, vocab_size=0)
+    alphabet = {piece for piece in pieces if len(piece) == 1}
+    if len(alphabet) > LARGEST_ALPHABET:
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(blank.normalizer.normalize_str(text))
+        alphabet = set(sorted(alphabet, key=lambda character: (-counts[character], character))[:LARGEST_ALPHABET])
+    return sorted(alphabet), sorted(piece for piece in pieces if len(piece) > 1 and piece[-1] in alphabet)
+
+
+def _trained_vocabulary(texts: Iterable[str], blank: Tokenizer, **settings: Any) -> dict[str, int]:
+    tokenizer = _blank_wordpiece(blank)
+    known = (text.replace(UNKNOWN_WORD, " ") for text in texts)
+    tokenizer.train_from_iterator(known, WordPieceTrainer(min_frequency=0, show_progress=False, **settings))
+    return tokenizer.get_vocab()
+
+
+def _blank_wordpiece(blank: Tokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(WordPiece({}, unk_token=UNKNOWN_TOKEN))
+    tokenizer.normalizer = blank.normalizer
+    tokenizer.decoder = blank.decoder
+    tokenizer.pre_tokenizer = Sequence([blank.pre_tokenizer, FixedLength(LONGEST_WORD)])
     return tokenizer
 
 
@@ -266,16 +378,17 @@ def prepare_examples(
         documents, tokenizer, recipe and code are the same. Of an `IterableDataset` nothing is kept.
 
     Raises:
-        ValueError: If the tokenizer lacks a special token, no example can be made, or there is a single document
-            where NSP needs two.
+        ValueError: If the tokenizer lacks a special token, no example can be made, there is a single document where
+            NSP needs two, or every token of the text is unknown.
     """
-    check_tokenizer(tokenizer)
-    tokenize = DocumentTokenizer(tokenizer, arguments.language)
+    check_tokenizer(tokenizer, whole_word_mask=arguments.whole_word_mask)
+    language = arguments.language or DEFAULT_LANGUAGE
+    tokenize = DocumentTokenizer(tokenizer, language)
     copies = arguments.dupe_factor if training else 1
     limit = arguments.max_train_samples if training else arguments.max_eval_samples
     if isinstance(documents, IterableDataset):
-        _check_stream(documents, arguments.objective)
         build = ExampleBuilder(tokenizer, arguments, seed, copies)
+        summary = _look_into_stream(documents, tokenize, build)
         examples = documents.map(
             StreamedExamples(tokenize, build),
             batched=True,
@@ -286,15 +399,15 @@ def prepare_examples(
         if limit is not None:
             examples = examples.take(limit)
         if training:
-            examples = examples.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size)
-        return examples, PreparationSummary()
+            examples = examples.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer_size or DEFAULT_SHUFFLE_BUFFER)
+        return examples, _checked(summary, training)
 
     tokenized = _map(
         documents,
         tokenize,
         arguments,
         desc="Tokenizing documents",
-        settings=(_tokenizer_state(tokenizer), arguments.language, importlib.metadata.version("sentencex")),
+        settings=(_tokenizer_state(tokenizer), language, importlib.metadata.version("sentencex")),
     )
     lengths = list_lengths(tokenized, "input_ids")
     usable = np.flatnonzero(lengths)
@@ -310,7 +423,7 @@ def prepare_examples(
             _tokenizer_state(tokenizer),
             arguments.objective,
             arguments.max_seq_length,
-            arguments.short_seq_probability,
+            build.short_seq_probability,
             copies,
             seed,
         ),
@@ -324,16 +437,19 @@ def prepare_examples(
     if limit is not None:
         examples = examples.select(range(min(limit, len(examples))))
     cache_files = examples.cache_files
+    sentences = list_lengths(tokenized, "sentence_lengths")
     summary = PreparationSummary(
+        unknown_share=_unknown_share(examples.data.column("input_ids"), build),
+        single_sentence_share=_single_sentence_share(lengths, sentences, build),
         documents=len(usable),
         skipped_rows=len(lengths) - len(usable),
         short_documents=int((lengths == 1).sum()) if arguments.objective in SENTENCE_LABELS else 0,
-        sentences=int(list_lengths(tokenized, "sentence_lengths").sum()),
+        sentences=int(sentences.sum()),
         examples=len(examples),
         tokens=int(list_lengths(examples, "input_ids").sum()),
         cache_directory=str(Path(cache_files[0]["filename"]).parent) if cache_files else None,
     )
-    return examples, summary
+    return examples, _checked(summary, training)
 
 
 def count_tokens(
@@ -566,12 +682,15 @@ class ExampleBuilder:
         self.objective = arguments.objective
         self.budget = arguments.max_seq_length - _special_tokens(arguments.objective)
         self.short_seq_probability = arguments.short_seq_probability
+        if self.short_seq_probability is None:
+            self.short_seq_probability = DEFAULT_SHORT_SEQ_PROBABILITY
         self.seed = seed
         self.copies = copies
         self.pool = pool
         id_type = _id_type(tokenizer)
         self.start_token = np.array([tokenizer.cls_token_id], dtype=id_type)
         self.end_token = np.array([tokenizer.sep_token_id], dtype=id_type)
+        self.unknown_id = tokenizer.unk_token_id
         self.features = Features({"input_ids": List(Value(id_type.name))})
         if self.objective in SENTENCE_LABELS:
             self.features["token_type_ids"] = List(Value("int8"))
@@ -711,8 +830,8 @@ def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: TextArgument
     Raises:
         ValueError: If the tokenizer lacks a special token, or whole words are wanted of one that is not WordPiece.
     """
-    check_tokenizer(tokenizer)
     whole_words = arguments.whole_word_mask
+    check_tokenizer(tokenizer, whole_word_mask=whole_words)
     return MaskingCollator(
         tokenizer,
         mlm_probability=1.0 if whole_words else arguments.mlm_probability,
@@ -725,19 +844,14 @@ def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: TextArgument
     )
 
 
+def _word_part_prefix(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
+
+
 def _word_continues(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    prefix = getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-    if not prefix:
-        raise ValueError(
-            f"whole_word_mask=True needs a WordPiece tokenizer, whose word parts are marked; "
-            f"{tokenizer.name_or_path!r} is not one: use another tokenizer, or leave whole_word_mask out."
-        )
-    return torch.tensor(
-        [
-            token is not None and token.startswith(prefix)
-            for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        ]
-    )
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    prefix = _word_part_prefix(tokenizer)
+    return torch.tensor([token is not None and token.startswith(prefix) for token in tokens])
 
 
 def _special_tokens(objective: str) -> int:
@@ -804,7 +918,7 @@ def _map(
 ) -> Dataset:
     """Maps and caches; the key is made of documents, settings and code, because a tokenizer changes as it is used."""
     workers = min(arguments.preprocessing_num_workers or 1, len(documents))
-    with _tokenizer_threads(allowed=workers == 1):
+    with _tokenizer_threads(allowed=workers == 1), worker_processes(), written_to_cache(arguments):
         return documents.map(
             function,
             batched=True,
@@ -834,10 +948,51 @@ def _tokenizer_threads(*, allowed: bool) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _check_stream(documents: IterableDataset, objective: str) -> None:
-    found = len(list(itertools.islice(document_texts(documents), 2)))
-    if objective == "nsp" and found < 2:
-        raise ValueError(_single_document_message(found))
+def _look_into_stream(
+    documents: IterableDataset, tokenize: DocumentTokenizer, build: "ExampleBuilder"
+) -> PreparationSummary:
+    texts = list(DocumentTexts(documents, limit=STREAMED_DOCUMENTS_AT_A_TIME))
+    tokenized = tokenize({"text": texts})
+    lengths, sentences = (
+        pc.list_value_length(tokenized.column(name)).to_numpy() for name in ("input_ids", "sentence_lengths")
+    )
+    usable = int(np.count_nonzero(lengths))
+    if build.objective == "nsp" and usable < 2:
+        raise ValueError(_single_document_message(usable))
+    return PreparationSummary(
+        unknown_share=_unknown_share(build(tokenized).column("input_ids"), build),
+        single_sentence_share=_single_sentence_share(lengths, sentences, build),
+        documents=usable,
+    )
+
+
+def _unknown_share(input_ids: pa.ChunkedArray, build: "ExampleBuilder") -> float:
+    """Share of unknown tokens in examples, special tokens around the text left out."""
+    unknown = text = 0
+    for chunk in input_ids.chunks:
+        ids = chunk.flatten().to_numpy()
+        unknown += int(np.count_nonzero(ids == build.unknown_id))
+        text += len(ids) - len(chunk) * _special_tokens(build.objective)
+    return unknown / max(text, 1)
+
+
+def _single_sentence_share(lengths: np.ndarray, sentences: np.ndarray, build: "ExampleBuilder") -> float | None:
+    """Args: lengths, sentences: Tokens and sentences of each document [documents]."""
+    if build.objective not in SENTENCE_LABELS:
+        return None
+    return float(np.mean(sentences[lengths > 1] == 1)) if (lengths > 1).any() else 0.0
+
+
+def _checked(summary: PreparationSummary, training: bool) -> PreparationSummary:
+    text = "training text" if training else "validation text"
+    if summary.unknown_share == 1:
+        raise ValueError(
+            f"Every token of the {text} is unknown to the tokenizer, so there is nothing to predict: use a tokenizer "
+            "for this text (--tokenizer_name), or train one (--train_tokenizer)."
+        )
+    for warning in summary.warnings():
+        logger.warning("Warning, %s: %s", text, warning)
+    return summary
 
 
 def _single_document_message(found: int) -> str:

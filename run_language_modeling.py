@@ -12,7 +12,6 @@ win. The same command started again goes on from the last whole checkpoint of `o
 import logging
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -26,7 +25,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 import training_options
 from bert_conversion import bare
 from configuration_lambdabert import LambdaBertConfig
-from corpora import document_texts
+from corpora import DocumentTexts
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
 from pretraining_data import (
     LABEL_NAMES,
@@ -141,9 +140,7 @@ def make_tokenizer(
         return tokenizer
     if checkpoint is not None:
         return load_tokenizer(str(checkpoint), "output_dir")
-    texts = document_texts(documents["train"])
-    if streaming:
-        texts = islice(texts, STREAMED_TOKENIZER_DOCUMENTS)
+    texts = DocumentTexts(documents["train"], limit=STREAMED_TOKENIZER_DOCUMENTS if streaming else None)
     return train_wordpiece(texts, model_args.vocab_size, lowercase=model_args.lowercase)
 
 
@@ -323,7 +320,7 @@ class Pretraining(TrainingRun):
             config = make_config(model_args, model_args.vocab_size, padding=0)
         else:
             self.tokenizer = make_tokenizer(model_args, None, False, None)
-            check_tokenizer(self.tokenizer)
+            check_tokenizer(self.tokenizer, whole_word_mask=data_args.whole_word_mask)
             check_masked_sentence(sentence, self.tokenizer.mask_token)
             config = make_config(model_args, len(self.tokenizer), self.tokenizer.pad_token_id)
             check_tokens(config, self.tokenizer)

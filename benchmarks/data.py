@@ -31,7 +31,7 @@ from benchmarks.correctness import TEXT_TESTS, require_passing_tests
 from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
-from corpora import document_texts, load_corpus
+from corpora import DocumentTexts, load_corpus
 from pretraining_data import OBJECTIVES, DataArguments, prepare_examples
 from training_run import load_tokenizer
 
@@ -123,7 +123,7 @@ def measure(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     with Stopwatch() as reopening:
         reopened = load_corpus(arguments, evaluate=False)["train"]
         prepare_examples(reopened, tokenizer, arguments, seed=seed, training=True)
-    text_bytes = sum(len(text.encode()) for text in document_texts(documents))
+    text_bytes = sum(len(text.encode()) for text in DocumentTexts(documents))
     stored_bytes = sum(file.stat().st_size for file in cache_dir.rglob("*.arrow"))
     return {
         "text_mb": text_bytes / 1e6,

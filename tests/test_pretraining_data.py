@@ -3,19 +3,24 @@
 import itertools
 import json
 import math
+import os
 import pickle
 import random
+import resource
+import signal
+import time
 from collections import defaultdict
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 import pretraining_data
-from corpora import load_corpus
+from corpora import UnwritableCacheError, load_corpus
 from pretraining_data import (
     LABEL_NAMES,
     DataArguments,
@@ -243,6 +248,42 @@ def test_summary_counts_what_is_there(tmp_path, tokenizer):
     assert "1 documents of a single token" in str(summary)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unknown_tokens_are_counted_and_warned_of(tmp_path, tokenizer, caplog, streaming):
+    def summary(words):
+        caplog.clear()
+        path = tmp_path / "corpus.txt"
+        path.write_text(f"{words}\n")
+        arguments = data_arguments(tmp_path, train_file=str(path), objective="mlm", streaming=streaming)
+        documents = load_corpus(arguments, evaluate=False)["train"]
+        return prepare_examples(documents, tokenizer, arguments, seed=1, training=True)[1]
+
+    few = summary("t7 t8 strange " + "t9 " * 37)
+    assert few.unknown_share == pytest.approx(1 / 40)
+    assert "2.50% unknown tokens" in str(few)
+    assert not caplog.records
+    assert summary("t7 t8 strange").unknown_share == pytest.approx(1 / 3)
+    assert "33.3% of the text's tokens are unknown" in caplog.messages[-1]
+    with pytest.raises(ValueError, match="training text is unknown to the tokenizer, so there is nothing to predict"):
+        summary("strange words only")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_halves_of_sentences_are_counted_and_warned_of(tmp_path, tokenizer, caplog, streaming):
+    documents = NumberedDocuments([[4]] * 6 + [[3, 3]] * 4)
+    _, summary = prepare(tmp_path, documents, tokenizer, objective="nsp", streaming=streaming)
+    assert summary.single_sentence_share == pytest.approx(0.6)
+    assert "60.0% of the documents a single sentence" in str(summary)
+    assert "60.0% of the documents are a single sentence" in caplog.messages[-1]
+    assert "--objective mlm" in caplog.messages[-1]
+    caplog.clear()
+    _, summary = prepare(tmp_path, documents, tokenizer, objective="mlm", streaming=streaming)
+    assert summary.single_sentence_share is None
+    _, summary = prepare(tmp_path, NumberedDocuments([[3, 3]] * 9 + [[4]]), tokenizer, objective="sop")
+    assert summary.single_sentence_share == pytest.approx(0.1)
+    assert not caplog.records
+
+
 def test_limits_on_examples(tmp_path, tokenizer):
     documents = random_documents()
     fields = {"objective": "sop", "max_train_samples": 5, "max_eval_samples": 3}
@@ -320,6 +361,59 @@ def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tok
     assert stages_run() == everything
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_cache_is_named(tmp_path, tokenizer, workers):
+    """In a process of its own, which may not write files of more than 64 KB."""
+    documents = Dataset.from_dict({"text": ["t7 t8 t9 " * 300] * 500})
+    arguments = data_arguments(tmp_path, corpus="python-docs", preprocessing_num_workers=workers)
+    documents.save_to_disk(tmp_path / "documents")
+    process = os.fork()
+    if process == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+        try:
+            prepare_examples(load_from_disk(tmp_path / "documents"), tokenizer, arguments, seed=1, training=True)
+        except UnwritableCacheError as error:
+            os._exit(0 if "data_cache_dir" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def is_running(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_prepares(tmp_path, tokenizer, monkeypatch, number):
+    def work_forever(self, documents):
+        (tmp_path / f"worker-{os.getpid()}").touch()
+        time.sleep(600)
+
+    monkeypatch.setattr(pretraining_data.DocumentTokenizer, "__call__", work_forever)
+    process = os.fork()
+    if process == 0:
+        try:
+            prepare(tmp_path, random_documents(), tokenizer, preprocessing_num_workers=2)
+        finally:
+            os._exit(1)
+    while len(list(tmp_path.glob("worker-*"))) < 2:
+        time.sleep(0.05)
+    workers = psutil.Process(process).children(recursive=True)
+    assert len(workers) >= 2
+    os.kill(process, number)
+    os.waitpid(process, 0)
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
+        worker.kill()
+    assert not left
+
+
 @pytest.mark.parametrize("objective", ["nsp", "sop", "mlm"])
 def test_a_stream_gives_the_same_examples(tmp_path, tokenizer, objective):
     documents = random_documents()
@@ -390,6 +484,10 @@ def test_a_tokenizer_without_a_special_token_is_refused(tmp_path, tokenizer, mis
         ({"max_seq_length": 2, "objective": "mlm"}, "max_seq_length=2 is too small.*needs 3"),
         ({"objective": "rtd"}, "objective='rtd' is unknown: use one of nsp, sop, mlm"),
         ({"objective": "mlm", "sop": True}, "sop=True contradicts"),
+        ({"objective": "nsp", "sop": True}, "sop=True contradicts"),
+        ({"objective": "mlm", "language": "de"}, "language='de' has no effect"),
+        ({"objective": "mlm", "short_seq_probability": 0.1}, "short_seq_probability=0.1 has no effect"),
+        ({"shuffle_buffer_size": 10}, "shuffle_buffer_size=10 has no effect"),
         ({"mlm_probability": 1.5}, "mlm_probability=1.5"),
         ({"mlm_probability": 0.0}, "nothing to predict"),
         ({"mask_replace_prob": 0.9, "random_replace_prob": 0.2}, "exceed 1 together"),
@@ -540,6 +638,9 @@ def test_whole_words_need_a_tokenizer_that_marks_word_parts(tokenizer):
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     other = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    check_tokenizer(other)
+    with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
+        check_tokenizer(other, whole_word_mask=True)
     with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
         masking_collator(other, DataArguments(corpus="python-docs", whole_word_mask=True), seed=1)
 
@@ -589,7 +690,34 @@ def test_trained_tokenizer_works_like_any_other(tmp_path):
     assert lower.tokenize("THE SEA") == lower.tokenize("the sea")
 
 
+def words_of_equal_frequency(syllables, count=2000, seed=0):
+    rng = random.Random(seed)
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count)]
+    return [" ".join(rng.choices(words, k=200)) for _ in range(10)]
+
+
+@pytest.mark.parametrize("syllables", ["ka ti mo re su la ni po".split(), list(map(chr, range(0xAC00, 0xB200)))])
+def test_the_same_text_gives_the_same_tokenizer(syllables):
+    texts = words_of_equal_frequency(syllables)
+    vocabularies = [train_wordpiece(texts, 2500).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+    letters = set("".join(texts)) - {" "}
+    assert sum(len(piece) == 1 for piece in vocabularies[0]) == min(len(letters), pretraining_data.LARGEST_ALPHABET)
+
+
+def test_a_trained_tokenizer_covers_text_without_spaces(tmp_path):
+    rng = random.Random(0)
+    lines = ["".join(rng.choices("ACGT", k=600)) for _ in range(20)]
+    train_wordpiece(lines, 60).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer(lines[0])["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == lines[0]
+
+
 def test_tokenizer_training_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="empty after the first pass"):
+        train_wordpiece(iter(TRAINING_TEXTS), 90)
     with pytest.raises(ValueError, match="vocab_size=8 is too small"):
         train_wordpiece(TRAINING_TEXTS, 8)
     with pytest.raises(ValueError, match="no text to train a tokenizer"):

@@ -65,7 +65,7 @@ def finished(text, tmp_path_factory):
         output_dir.with_suffix(".json"),
         output_dir=str(output_dir),
         masked_sentence='"The fox" sees the [MASK].',
-        **sources(text, tokenizer_name=None, train_tokenizer=True, vocab_size=180),
+        **sources(text, tokenizer_name=None, train_tokenizer=True, vocab_size=120),
     )
     log = output_dir.with_suffix(".log")
     assert finish(start_command([recipe], log)) == [0], log.read_text()
@@ -286,7 +286,7 @@ def test_recipes_dry_run(recipe, text, tmp_path):
     values = json.loads(recipe.read_text())
     parse_arguments([str(recipe), "--use_cpu"])
     source = ("dataset_name", "dataset_config_name", "corpus", "document_boundary", "train_tokenizer")
-    for name in (*source, "vocab_size", "preprocessing_num_workers"):
+    for name in (*source, "vocab_size", "preprocessing_num_workers", "validation_split_percentage"):
         values.pop(name, None)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_lambda_queries": 4}
     values |= sources(text, output_dir=str(tmp_path / "run"), dry_run=True, use_cpu=True, disable_tqdm=True)
