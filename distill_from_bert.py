@@ -24,7 +24,11 @@ from transformers.utils import cached_file
 import modeling_lambdabert
 from bert_conversion import check_bert
 from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
-from pretraining_data import TextArguments, check_tokenizer, masking_collator
+from lambdabert.text.arguments import TextArguments
+from lambdabert.text.examples import ExampleRecipe
+from lambdabert.text.masks import masking_collator
+from lambdabert.text.objectives import MLM, SENTENCES, Objective
+from lambdabert.text.tokenizers import check_tokenizer
 from training_report import plot_curves, write_report
 from training_run import RunArguments, TrainingRun, load_tokenizer, parse_overrides, run_command, run_settings
 
@@ -152,9 +156,6 @@ class DistillationDataArguments(TextArguments):
         ValueError: a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    dupe_factor = 1
-    short_seq_probability = 0.0
-
     examples: str | None = field(
         default=None,
         metadata={
@@ -171,9 +172,13 @@ class DistillationDataArguments(TextArguments):
         self.check_objective(self.objective)
 
     @property
-    def objective(self):
-        """What `prepare_examples` calls them."""
-        return "mlm" if self.examples == "stretches" else "sentences"
+    def objective(self) -> Objective:
+        """What the examples are like."""
+        return MLM if self.examples == "stretches" else SENTENCES
+
+    def example_recipe(self) -> ExampleRecipe:
+        """What these options make of documents."""
+        return self.recipe(self.objective)
 
 
 @dataclass

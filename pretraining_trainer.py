@@ -26,9 +26,11 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
+from lambdabert.text.objectives import OBJECTIVES
+
 logger = logging.getLogger(__name__)
 
-SENTENCE_LABELS = ("next_sentence_label", "sentence_order_label")
+SENTENCE_LABELS = [objective.sentence_label for objective in OBJECTIVES.values() if objective.has_pairs]
 RUN_SETTINGS_NAME = "run_settings.json"
 # what a run leaves at the top of its output folder, besides the checkpoints
 RUN_FILES = (

@@ -20,26 +20,23 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import training_run
 from configuration_lambdabert import LambdaBertConfig
-from corpora import DocumentTexts
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.documents import DocumentTexts
+from lambdabert.text.examples import count_tokens
+from lambdabert.text.masks import masking_collator
+from lambdabert.text.objectives import MLM, NSP, OBJECTIVES, SOP
+from lambdabert.text.tokenizers import check_tokenizer, train_wordpiece
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
-from pretraining_data import (
-    LABEL_NAMES,
-    DataArguments,
-    check_tokenizer,
-    count_tokens,
-    masking_collator,
-    train_wordpiece,
-)
 from pretraining_trainer import PretrainingTrainer
-from training_report import OBJECTIVES, plot_curves, top_predictions, unigram_baseline, write_report
+from training_report import plot_curves, top_predictions, unigram_baseline, write_report
 from training_run import RunArguments, TrainingRun, load_tokenizer, parse_overrides, run_command, run_settings
 
 logger = logging.getLogger("run_language_modeling")
 
 MODEL_CLASSES = {
-    "nsp": LambdaBertForPreTrainingNSP,
-    "sop": LambdaBertForPreTrainingSOP,
-    "mlm": LambdaBertForMaskedLM,
+    NSP.name: LambdaBertForPreTrainingNSP,
+    SOP.name: LambdaBertForPreTrainingSOP,
+    MLM.name: LambdaBertForMaskedLM,
 }
 DEFAULT_TOKENIZER = "google-bert/bert-base-cased"
 TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_size", "lowercase")
@@ -200,7 +197,7 @@ class Pretraining(TrainingRun):
 
     @property
     def label_names(self):
-        return LABEL_NAMES[self.data_args.objective]
+        return OBJECTIVES[self.data_args.objective].label_names
 
     def check_options(self):
         args = self.training_args
@@ -259,7 +256,7 @@ class Pretraining(TrainingRun):
             self,
             state,
             metrics,
-            objective=OBJECTIVES[self.data_args.objective],
+            objective=OBJECTIVES[self.data_args.objective].description,
             sentence=self.model_args.masked_sentence or "Paris is the [MASK] of France.",
         )
         if not self.training_args.do_train:

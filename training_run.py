@@ -18,8 +18,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from corpora import UnreadableTextError, load_corpus
-from pretraining_data import prepare_examples
+from lambdabert.text.files import UnreadableTextError
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from pretraining_trainer import (
     CheckpointError,
     check_output_folder,
@@ -35,9 +36,8 @@ logger = logging.getLogger(__name__)
 PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers", "validation_file", "max_eval_samples")
 DRY_RUN_DOCUMENTS = 500
 LOGGED_MODULES = (
-    "corpora",
     "distill_from_bert",
-    "pretraining_data",
+    "lambdabert",
     "pretraining_trainer",
     "run_language_modeling",
     "training_report",
@@ -248,7 +248,11 @@ class TrainingRun:
         with training_args.main_process_first(desc="preparing examples"):
             for split, rows in documents.items():
                 self.examples[split], self.summaries[split] = prepare_examples(
-                    rows, self.tokenizer, data_args, seed=training_args.seed, training=split == "train"
+                    rows,
+                    self.tokenizer,
+                    data_args.example_recipe(),
+                    seed=training_args.seed,
+                    training=split == "train",
                 )
         self.start_from_text()
         self.settings = self.describe()

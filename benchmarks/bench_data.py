@@ -23,9 +23,12 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpora import DocumentTexts, load_corpus
 from environment import environment
-from pretraining_data import OBJECTIVES, DataArguments, prepare_examples
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.documents import DocumentTexts
+from lambdabert.text.objectives import OBJECTIVES
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 
 SAMPLING_INTERVAL = 0.2  # seconds
 TOKENIZING_BATCH = 64  # documents
@@ -82,7 +85,7 @@ def measure(arguments: DataArguments, tokenizer, seed: int) -> dict[str, float]:
         with PeakMemory() as memory, Stopwatch() as reading:
             documents = load_corpus(arguments, evaluate=False)["train"]
         with PeakMemory() as memory_preparing, Stopwatch() as preparing:
-            _, summary = prepare_examples(documents, tokenizer, arguments, seed=seed, training=True)
+            _, summary = prepare_examples(documents, tokenizer, arguments.example_recipe(), seed=seed, training=True)
         with Stopwatch() as tokenizing:
             documents.map(
                 lambda batch: tokenizer(
@@ -97,7 +100,7 @@ def measure(arguments: DataArguments, tokenizer, seed: int) -> dict[str, float]:
             )
         with Stopwatch() as reopening:
             reopened = load_corpus(arguments, evaluate=False)["train"]
-            prepare_examples(reopened, tokenizer, arguments, seed=seed, training=True)
+            prepare_examples(reopened, tokenizer, arguments.example_recipe(), seed=seed, training=True)
         text_bytes = sum(len(text.encode()) for text in DocumentTexts(documents))
         stored_bytes = sum(file.stat().st_size for file in Path(arguments.data_cache_dir).rglob("*.arrow"))
     return {

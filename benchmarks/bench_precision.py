@@ -22,10 +22,12 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpora import load_corpus
 from environment import environment
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.masks import masking_collator
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from modeling_lambdabert import LambdaBertForMaskedLM
-from pretraining_data import DataArguments, masking_collator, prepare_examples
 from run_language_modeling import load_tokenizer
 
 SEED = 42
@@ -56,7 +58,7 @@ def main():
     models = precisions(LambdaBertForMaskedLM.from_pretrained(options.model, dtype=torch.float32).eval())
     arguments = DataArguments(validation_file=[options.text], objective="mlm")
     rows = load_corpus(arguments, train=False)["validation"]
-    examples, _ = prepare_examples(rows, tokenizer, arguments, seed=SEED, training=False)
+    examples, _ = prepare_examples(rows, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
     collate = masking_collator(tokenizer, arguments, seed=SEED)
 
     sums = {name: {"masked": 0, "loss": 0.0, "right": 0, "error": 0.0, "norm": 0.0, "seconds": 0.0} for name in models}

@@ -36,10 +36,11 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpora import load_corpus
 from environment import environment
 from lambda_variants import apply_variant, running_variant
-from pretraining_data import count_tokens, prepare_examples
+from lambdabert.text.examples import count_tokens
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from run_language_modeling import Pretraining, parse_arguments, start_at_frequencies
 from training_report import LAMBDA_FIELDS
 from training_run import set_up_logging
@@ -99,7 +100,7 @@ def prepare(recipe: dict, name: str, learning_rate: float, seed: int, folder: Pa
     }
     options |= model.get("options", {})
     tokenizer = folder.parent / f"tokenizer_{digest(recipe['pretraining'])}"
-    if options.get("train_tokenizer") and tokenizer.exists():  # one for all: each training would break ties anew
+    if options.get("train_tokenizer") and tokenizer.exists():  # one for all models
         del options["train_tokenizer"]
         options["tokenizer_name"] = str(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,9 @@ def run(recipe: dict, name: str, learning_rate: float, seed: int, folder: Path) 
         test = {}
         if "test_file" in recipe:
             rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
-            examples, _ = prepare_examples(rows, pretraining.tokenizer, data_args, seed=DATA_SEED, training=False)
+            examples, _ = prepare_examples(
+                rows, pretraining.tokenizer, data_args.example_recipe(), seed=DATA_SEED, training=False
+            )
             test = trainer.evaluate(examples, metric_key_prefix="test")
     curve = [
         {name: record[name] for name in ("step", "num_input_tokens_seen", "seconds")}

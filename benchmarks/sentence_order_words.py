@@ -20,9 +20,10 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpora import load_corpus
 from environment import environment
-from pretraining_data import DataArguments, prepare_examples
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from training_run import load_tokenizer
 
 
@@ -76,7 +77,9 @@ def main():
     args, data_args = parser.parse_args_into_dataclasses()
     tokenizer = load_tokenizer(args.tokenizer_name)
     examples = {
-        split: prepare_examples(documents, tokenizer, data_args, seed=args.seed, training=split == "train")[0]
+        split: prepare_examples(
+            documents, tokenizer, data_args.example_recipe(), seed=args.seed, training=split == "train"
+        )[0]
         for split, documents in load_corpus(data_args, seed=args.seed).items()
     }
     result = {

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import run_language_modeling
+from lambdabert.text.masks import masking_collator
 from modeling_lambdabert import LambdaBertForPreTrainingSOP
-from pretraining_data import masking_collator
 from pretraining_trainer import example_sums, pretraining_metrics
 from run_language_modeling import parse_arguments, parse_overrides
 from training_report import plot_curves, unigram_baseline
