@@ -33,7 +33,7 @@ SENTENCE_END = re.compile(r"[.!?…。！？:;][\"'”’»)\]]*$")
 
 @dataclass(frozen=True)
 class DocumentTexts:
-    """The text of each document that has any; read anew each time it is gone through.
+    """The text of each document that has any, read anew by every iteration.
 
     Attributes:
         documents: One document a row, in the column "text".

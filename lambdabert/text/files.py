@@ -48,7 +48,8 @@ def resolve_files(patterns: list[str], field_name: str) -> list[str]:
     paths: list[str] = []
     for pattern in patterns:
         if Path(pattern).is_dir():
-            matches = sorted(str(file) for file in Path(pattern).rglob("*") if file.is_file() and file.name[0] != ".")
+            files = (file for file in Path(pattern).rglob("*") if file.is_file())
+            matches = sorted(str(file) for file in files if not _is_hidden(file.relative_to(pattern)))
         elif Path(pattern).is_file():
             matches = [pattern]
         else:
@@ -62,6 +63,10 @@ def resolve_files(patterns: list[str], field_name: str) -> list[str]:
             f"{field_name} mixes {' and '.join(kinds)} files: give files of one kind, for example 'folder/*.txt'."
         )
     return paths
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def file_kind(path: str) -> str:

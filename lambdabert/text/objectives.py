@@ -1,4 +1,4 @@
-"""What a model can be trained for, each beside or in place of the others: one table for everything that asks.
+"""The objectives of pretraining, in one table.
 
     nsp     next sentence prediction (Devlin et al., "BERT", NAACL 2019, section 3.1): B follows A (label 0), or comes
             from another document (label 1).
@@ -42,7 +42,7 @@ class Objective:
 
     @property
     def label_names(self) -> list[str]:
-        """The columns of a batch that a model is not given as inputs but as labels."""
+        """The columns of a batch that hold labels, as the Trainer's `label_names`."""
         return ["labels"] + ([self.sentence_label] if self.sentence_label else [])
 
 

@@ -24,7 +24,7 @@ from lambdabert.text.examples import (
     StreamedExamples,
     list_lengths,
 )
-from lambdabert.text.objectives import NSP
+from lambdabert.text.objectives import NSP, Objective
 from lambdabert.text.tokenizers import check_tokenizer, tokenizer_state
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ STREAMED_DOCUMENTS_AT_A_TIME = 256
 # Shares above which a warning is given.
 MUCH_UNKNOWN = 0.05
 MANY_SINGLE_SENTENCES = 0.2
+TOKENIZER_ADVICE = "use a tokenizer made for such text (pretraining makes one with --train_tokenizer)"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class PreparationSummary:
     """What preparation found and made.
 
     Attributes:
-        unknown_share: Share of the text's tokens that are unknown, and so never predicted.
-        single_sentence_share: Share of the documents whose A and B are two halves of their only sentence; None
+        unknown_share: Share of the examples' tokens, special ones left out, that are unknown and so never predicted.
+        single_sentence_share: Share of the documents that hold a single sentence, whose halves become A and B; None
             without pairs.
         documents: Documents with text; of a stream, those that the shares were taken from.
         skipped_rows: Rows without text, which were left out; None of a stream, as all below.
@@ -86,11 +87,11 @@ class PreparationSummary:
         if self.unknown_share > MUCH_UNKNOWN:
             yield (
                 f"{self.unknown_share:.1%} of the text's tokens are unknown to the tokenizer and are never predicted: "
-                "use a tokenizer for this text (--tokenizer_name), or train one (--train_tokenizer)."
+                f"{TOKENIZER_ADVICE}."
             )
         if self.single_sentence_share is not None and self.single_sentence_share > MANY_SINGLE_SENTENCES:
             yield (
-                f"{self.single_sentence_share:.1%} of the documents are a single sentence, so that A and B are its "
+                f"{self.single_sentence_share:.1%} of the documents are a single sentence, of which A and B are the "
                 "halves: use --objective mlm, or set --document_boundary to what separates longer documents."
             )
 
@@ -170,10 +171,7 @@ def prepare_examples(
         with_indices=True,
     ).with_format(None)
     if len(examples) == 0:
-        raise ValueError(
-            f"{len(usable)} documents with {int(lengths.sum())} tokens make no example for "
-            f"objective={recipe.objective.name!r}: give more text."
-        )
+        raise _no_example(lengths, recipe.objective)
     if limit is not None:
         examples = examples.select(range(min(limit, len(examples))))
     cache_files = examples.cache_files
@@ -244,8 +242,11 @@ def _look_into_stream(
     usable = int(np.count_nonzero(lengths))
     if build.objective == NSP and usable < 2:
         raise ValueError(_single_document_message(usable))
+    examples = build(tokenized)
+    if len(examples) == 0:
+        raise _no_example(lengths, build.objective)
     return PreparationSummary(
-        unknown_share=_unknown_share(build(tokenized).column("input_ids"), build),
+        unknown_share=_unknown_share(examples.column("input_ids"), build),
         single_sentence_share=_single_sentence_share(lengths, sentences, build),
         documents=usable,
     )
@@ -272,12 +273,19 @@ def _checked(summary: PreparationSummary, training: bool) -> PreparationSummary:
     text = "training text" if training else "validation text"
     if summary.unknown_share == 1:
         raise ValueError(
-            f"Every token of the {text} is unknown to the tokenizer, so there is nothing to predict: use a tokenizer "
-            "for this text (--tokenizer_name), or train one (--train_tokenizer)."
+            f"Every token of the {text} is unknown to the tokenizer, so there is nothing to predict: "
+            f"{TOKENIZER_ADVICE}."
         )
     for warning in summary.warnings():
         logger.warning("Warning, %s: %s", text, warning)
     return summary
+
+
+def _no_example(lengths: np.ndarray, objective: Objective) -> ValueError:
+    return ValueError(
+        f"{np.count_nonzero(lengths)} documents with {int(lengths.sum())} tokens make no example for "
+        f"objective={objective.name!r}: give more text."
+    )
 
 
 def _single_document_message(found: int) -> str:

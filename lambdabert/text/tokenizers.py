@@ -54,14 +54,14 @@ def train_wordpiece(
     words of 100, where BERT's would make it a single unknown token.
 
     Args:
-        texts: Documents, which are gone through several times. `<unk>` in them is not learned.
+        texts: Documents, which are iterated over several times. `<unk>` in them is not learned.
         vocab_size: Largest number of tokens, special ones included.
         lowercase: Whether to drop case and accents.
         max_length: Stored as the tokenizer's `model_max_length`.
 
     Raises:
-        ValueError: If `texts` can be gone through only once, there is no text, or `vocab_size` is smaller than the
-            alphabet of the texts needs.
+        ValueError: If `texts` is an iterator, which has only one pass, if there is no text, or if `vocab_size` is
+            smaller than the alphabet of the texts needs.
     """
     if isinstance(texts, Iterator):
         raise ValueError("texts is an iterator, which is empty after the first pass: give a list, or a DocumentTexts.")

@@ -1,4 +1,4 @@
-"""The data cache: full disks, and workers that outlive nobody."""
+"""The data cache: its keys, full disks, and workers that do not outlive the process they work for."""
 
 import importlib.util
 import os

@@ -175,9 +175,10 @@ def test_nsp_needs_a_second_document(tmp_path, tokenizer, streaming):
     assert list(examples)
 
 
-def test_text_too_short_for_any_pair(tmp_path, tokenizer):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_too_short_for_any_pair(tmp_path, tokenizer, streaming):
     with pytest.raises(ValueError, match="2 documents with 2 tokens make no example.*give more text"):
-        prepare(tmp_path, NumberedDocuments([[1], [1]]), tokenizer, objective="nsp")
+        prepare(tmp_path, NumberedDocuments([[1], [1]]), tokenizer, objective="nsp", streaming=streaming)
 
 
 def test_documents_need_no_file(tokenizer):

@@ -29,6 +29,8 @@ def test_a_folder_stands_for_its_files(tmp_path, caplog):
     for number, folder in enumerate((books, books / "more", books)):
         write(folder / f"{number}.txt", f"Book {number}.")
     write(books / ".hidden", b"\0")
+    (books / ".git").mkdir()
+    write(books / ".git" / "index.json", b"\0")
     with caplog.at_level("INFO"):
         assert training_texts(tmp_path, train_file=str(books)) == ["Book 0.", "Book 2.", "Book 1."]
     assert "reading 3 files" in caplog.messages[0]
