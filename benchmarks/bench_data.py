@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--tokenizer_name", required=True, help="folder or hub name")
     parser.add_argument("--objective", choices=OBJECTIVES, default="nsp")
     parser.add_argument("--max_seq_length", type=int, default=128, help="tokens")
-    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--text_column")
     parser.add_argument("--preprocessing_num_workers", type=int, default=None)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")

@@ -68,7 +68,7 @@ class DocumentTokenizer:
     `<unk>` becomes the unknown token, and so does a special token spelt out in the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, language: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, language: str) -> None:
         self.language = language
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_truncation()
@@ -130,7 +130,7 @@ class DocumentPool:
         usable: Indices of the documents that hold any token, ascending.
     """
 
-    def __init__(self, tokenized: Dataset | pa.Table, usable: np.ndarray):
+    def __init__(self, tokenized: Dataset | pa.Table, usable: np.ndarray) -> None:
         self.tokenized = tokenized
         self.usable = usable
 
@@ -166,7 +166,7 @@ class ExampleBuilder:
         seed: int,
         copies: int,
         pool: DocumentPool | None = None,
-    ):
+    ) -> None:
         self.objective = recipe.objective
         self.budget = recipe.max_seq_length - recipe.objective.special_tokens
         self.short_seq_probability = recipe.short_seq_probability

@@ -33,6 +33,7 @@ BYTES_AT_A_TIME = 1 << 20
 DEFAULT_TEXT_COLUMN = "text"
 DEFAULT_ENCODING = "utf-8"
 JSON_SPACE = re.compile(r"\s*")
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot
 
 
 class UnreadableTextError(ValueError):
@@ -113,7 +114,7 @@ def read_rows(path: str, text_column: str, encoding: str = "utf-8") -> Iterator[
             f"{path} is not {encoding.upper()} text ({getattr(error, 'reason', error)}{byte}): say what it is encoded "
             "in, for example --encoding latin-1 or --encoding utf-16."
         ) from error
-    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
+    except (OSError, EOFError, RecursionError, lzma.LZMAError, pa.ArrowException) as error:
         raise UnreadableTextError(
             f"{path} cannot be read to its end ({error}): fetch or write it again, and check that its suffix says "
             "what it is."
@@ -213,6 +214,8 @@ def _json_rows(path: str, text_column: str, encoding: str) -> Iterator[str | Non
         text = column_value(row, text_column)
         if not isinstance(text, str | None):
             raise _no_text_in_column(f"{path}, {place}", text_column, type(text).__name__)
+        if text and SURROGATE.search(text):
+            raise UnreadableTextError(f"{path}, {place}: {text_column!r} holds half of a surrogate pair: repair it.")
         yield text
 
 

@@ -30,7 +30,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
     word_continues: torch.Tensor | None = None
     epoch: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.never_chosen = torch.tensor(self.tokenizer.all_special_ids)
 

@@ -114,6 +114,8 @@ BROKEN_FILES = {
     "list.json": (b'[["x"]]', "row 1, holds a JSON list.*objects"),
     "half.json": (b'[{"text": "x"},\n {"text": "y"\n', "line 3, is not JSON"),
     "pretty.json": (b'{\n"text": "x"\n}\n{\n"text": 3}', "row 2: 'text' holds int"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "line 1: 'text' holds half of a surrogate pair"),
+    "deep.json": (b"[" * 100_000, "cannot be read to its end"),
     "nested.jsonl": (b'{"doc": {"title": "x"}, "id": 1}', "no 'text' but doc.title, id"),
     "column.csv": (b"id,body\n1,x\n", "no 'text' but id, body.*text_column"),
     "twice.csv": (b"text,text\n1,x\n", "several columns 'text'"),
