@@ -24,7 +24,11 @@ import modeling_lambdabert
 from bert_conversion import check_bert, converted_config
 from configuration_lambdabert import LambdaBertConfig
 from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
-from pretraining_data import TextArguments, check_tokenizer, masking_collator
+from lambdabert.text.arguments import TextArguments
+from lambdabert.text.examples import ExampleRecipe
+from lambdabert.text.masks import masking_collator
+from lambdabert.text.objectives import MLM, SENTENCES, Objective
+from lambdabert.text.tokenizers import check_tokenizer
 from pretraining_trainer import non_finite_weights
 from rehearsal import TINY_SHAPE, check_memory
 from run_folder import CheckpointError, read_record
@@ -155,9 +159,6 @@ class DistillationDataArguments(TextArguments):
         ValueError: a field holds a value that it cannot have, or two fields contradict each other.
     """
 
-    dupe_factor = 1
-    short_seq_probability = 0.0
-
     examples: str | None = field(
         default=None,
         metadata={
@@ -174,9 +175,13 @@ class DistillationDataArguments(TextArguments):
         self.check_objective(self.objective)
 
     @property
-    def objective(self):
-        """What `prepare_examples` calls them."""
-        return "mlm" if self.examples == "stretches" else "sentences"
+    def objective(self) -> Objective:
+        """What the examples are like."""
+        return MLM if self.examples == "stretches" else SENTENCES
+
+    def example_recipe(self) -> ExampleRecipe:
+        """What these options make of documents."""
+        return self.recipe(self.objective)
 
 
 @dataclass

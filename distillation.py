@@ -37,7 +37,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from pretraining_data import IGNORED_LABEL, list_lengths
+from lambdabert.text.examples import list_lengths
+from lambdabert.text.masks import IGNORED_LABEL
 from pretraining_trainer import InterruptibleTrainer, logits_of, mlm_logits
 
 ITEMS = ("tokens", "examples", "masked tokens")

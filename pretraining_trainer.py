@@ -25,11 +25,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 from transformers.utils import CONFIG_NAME
 
+from lambdabert.text.objectives import OBJECTIVES
 from run_folder import CheckpointError, last_whole_checkpoint, read_state, reading, writing
 
 logger = logging.getLogger(__name__)
 
-SENTENCE_LABELS = ("next_sentence_label", "sentence_order_label")
+SENTENCE_LABELS = [objective.sentence_label for objective in OBJECTIVES.values() if objective.has_pairs]
 # implementations of one optimizer, which change nothing but rounding
 OPTIMIZER_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 # fields of a saved config that say how it was saved

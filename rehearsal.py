@@ -18,7 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from pretraining_data import LABEL_NAMES
+from lambdabert.text.objectives import Objective
 from training_options import RunArguments
 
 logger = logging.getLogger(__name__)
@@ -83,20 +83,20 @@ def tiny_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={token: i for i, token in enumerate(TINY_VOCABULARY)})
 
 
-def tiny_examples(objective: str, count: int) -> Dataset:
+def tiny_examples(objective: Objective, count: int) -> Dataset:
     """Examples as `prepare_examples` makes them.
 
     Args:
-        objective: one of `LABEL_NAMES`, or another without pairs.
+        objective: what an example is.
         count: how many.
     """
     cls, sep = (TINY_VOCABULARY.index(token) for token in ("[CLS]", "[SEP]"))
     columns = {"input_ids": [[cls, *TINY_TEXT, sep]] * count}
-    labels = [name for name in LABEL_NAMES.get(objective, ()) if name != "labels"]
-    if labels:
+    if objective.sentence_label:
         columns["input_ids"] = [[cls, *TINY_TEXT, sep, *TINY_TEXT, sep]] * count
         columns["token_type_ids"] = [[0] * (len(TINY_TEXT) + 2) + [1] * (len(TINY_TEXT) + 1)] * count
-    return Dataset.from_dict({**columns, **{name: [i % 2 for i in range(count)] for name in labels}})
+        columns[objective.sentence_label] = [i % 2 for i in range(count)]
+    return Dataset.from_dict(columns)
 
 
 def tiny_arguments(args: RunArguments, folder: str) -> RunArguments:
@@ -144,7 +144,7 @@ def rehearse(run) -> None:
             tiny.training_args = tiny_arguments(args, folder)
             tiny.become_tiny()
             step = tiny.training_args.train_batch_size * tiny.training_args.gradient_accumulation_steps
-            examples = tiny_examples(tiny.data_args.objective, STEPS * step * args.world_size)
+            examples = tiny_examples(tiny.data_args.example_recipe().objective, STEPS * step * args.world_size)
             tiny.examples = {"train": examples, "validation": examples} if args.do_eval else {"train": examples}
             trainer = tiny.trainer()
             trainer.pop_callback(PrinterCallback)

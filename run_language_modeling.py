@@ -25,30 +25,26 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 import training_options
 from bert_conversion import bare
 from configuration_lambdabert import LambdaBertConfig
-from corpora import DocumentTexts
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.documents import DocumentTexts
+from lambdabert.text.examples import count_tokens
+from lambdabert.text.masks import masking_collator
+from lambdabert.text.objectives import MLM, NSP, OBJECTIVES, SOP
+from lambdabert.text.tokenizers import check_tokenizer, train_wordpiece
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
-from pretraining_data import (
-    LABEL_NAMES,
-    SENTENCE_LABELS,
-    DataArguments,
-    check_tokenizer,
-    count_tokens,
-    masking_collator,
-    train_wordpiece,
-)
 from pretraining_trainer import PretrainingTrainer, non_finite_weights
 from rehearsal import TINY_SHAPE, check_memory
 from run_settings import run_settings
 from training_options import RunArguments, parse_overrides
-from training_report import OBJECTIVES, plot_curves, quoted, top_predictions, unigram_baseline, write_report
+from training_report import plot_curves, quoted, top_predictions, unigram_baseline, write_report
 from training_run import TrainingRun, load_tokenizer, note_precision, run_command
 
 logger = logging.getLogger("run_language_modeling")
 
 MODEL_CLASSES = {
-    "nsp": LambdaBertForPreTrainingNSP,
-    "sop": LambdaBertForPreTrainingSOP,
-    "mlm": LambdaBertForMaskedLM,
+    NSP.name: LambdaBertForPreTrainingNSP,
+    SOP.name: LambdaBertForPreTrainingSOP,
+    MLM.name: LambdaBertForMaskedLM,
 }
 DEFAULT_TOKENIZER = "google-bert/bert-base-cased"
 MASK_TOKEN = "[MASK]"  # of a tokenizer that is trained
@@ -189,7 +185,7 @@ def check_config(config: LambdaBertConfig, data_args: DataArguments) -> None:
             f"max_position_embeddings={config.max_position_embeddings}; lower the one or raise the other in "
             "--config_overrides."
         )
-    if data_args.objective in SENTENCE_LABELS and config.type_vocab_size < 2:
+    if OBJECTIVES[data_args.objective].has_pairs and config.type_vocab_size < 2:
         raise ValueError(
             f"type_vocab_size={config.type_vocab_size} cannot tell the two segments of a pair apart, which "
             f"objective={data_args.objective} makes; set it to 2, or use --objective mlm."
@@ -297,7 +293,7 @@ class Pretraining(TrainingRun):
 
     @property
     def label_names(self):
-        return LABEL_NAMES[self.data_args.objective]
+        return OBJECTIVES[self.data_args.objective].label_names
 
     def check_options(self):
         args = self.training_args
@@ -378,7 +374,7 @@ class Pretraining(TrainingRun):
             self,
             state,
             metrics,
-            objective=OBJECTIVES[self.data_args.objective],
+            objective=OBJECTIVES[self.data_args.objective].description,
             sentence=quoted(self.model_args.masked_sentence or f"Paris is the {self.tokenizer.mask_token} of France."),
         )
         if self.training_args.do_train:

@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 from transformers import AutoTokenizer, SchedulerType, pipeline
 from transformers.utils import logging as transformers_logging
 
+from lambdabert.text.examples import count_tokens
 from modeling_lambdabert import LambdaBertForMaskedLM
-from pretraining_data import count_tokens
 
 MODEL_CARD = """\
 ---
@@ -56,11 +56,6 @@ print(pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)({sentence})
 ![MLM loss over steps and time](training_curves.png)
 """
 
-OBJECTIVES = {
-    "mlm": "masked language modelling",
-    "nsp": "masked language modelling and next sentence prediction",
-    "sop": "masked language modelling and sentence order prediction",
-}
 RECIPE_FIELDS = (
     "learning_rate",
     "lr_scheduler_type",

@@ -15,8 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from corpora import UnreadableTextError, load_corpus
-from pretraining_data import prepare_examples
+from lambdabert.text.files import UnreadableTextError
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from rehearsal import rehearse
 from run_folder import (
     CheckpointError,
@@ -37,9 +38,8 @@ logger = logging.getLogger(__name__)
 DRY_RUN_DOCUMENTS = 500
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LOGGED_MODULES = (
-    "corpora",
     "distill_from_bert",
-    "pretraining_data",
+    "lambdabert",
     "pretraining_trainer",
     "rehearsal",
     "run_folder",
@@ -207,7 +207,11 @@ class TrainingRun:
         with training_args.main_process_first(desc="preparing examples"):
             for split, rows in documents.items():
                 self.examples[split], self.summaries[split] = prepare_examples(
-                    rows, self.tokenizer, data_args, seed=training_args.seed, training=split == "train"
+                    rows,
+                    self.tokenizer,
+                    data_args.example_recipe(),
+                    seed=training_args.seed,
+                    training=split == "train",
                 )
         self.start_from_text()
         self.settings = self.describe()

@@ -11,7 +11,7 @@ LAYER_TESTS = (
     ("tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_unpadding.py"),
     "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_unpadding",
 )
-TEXT_TESTS = (("tests/test_corpora.py", "tests/test_pretraining_data.py"), "not streaming")
+TEXT_TESTS = (("tests/text",), "not streaming")
 
 
 @cache

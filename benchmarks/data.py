@@ -31,8 +31,11 @@ from benchmarks.correctness import TEXT_TESTS, require_passing_tests
 from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
-from corpora import DocumentTexts, load_corpus
-from pretraining_data import OBJECTIVES, DataArguments, prepare_examples
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.documents import DocumentTexts
+from lambdabert.text.objectives import OBJECTIVES
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from training_run import load_tokenizer
 
 SAMPLING_INTERVAL = 0.2  # seconds
@@ -117,12 +120,12 @@ def measure(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: 
     with PeakMemory() as memory_reading, Stopwatch() as reading:
         documents = load_corpus(arguments, evaluate=False)["train"]
     with PeakMemory() as memory_preparing, Stopwatch() as preparing:
-        _, summary = prepare_examples(documents, tokenizer, arguments, seed=seed, training=True)
+        _, summary = prepare_examples(documents, tokenizer, arguments.example_recipe(), seed=seed, training=True)
     with Stopwatch() as tokenizing:
         tokenize_alone(documents, tokenizer, arguments.preprocessing_num_workers, cache_dir / "tokenized_alone.cache")
     with Stopwatch() as reopening:
         reopened = load_corpus(arguments, evaluate=False)["train"]
-        prepare_examples(reopened, tokenizer, arguments, seed=seed, training=True)
+        prepare_examples(reopened, tokenizer, arguments.example_recipe(), seed=seed, training=True)
     text_bytes = sum(len(text.encode()) for text in DocumentTexts(documents))
     stored_bytes = sum(file.stat().st_size for file in cache_dir.rglob("*.arrow"))
     return {
@@ -152,7 +155,7 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer_name", required=True, help="folder, vocabulary file or hub name")
     parser.add_argument("--objective", choices=OBJECTIVES, default="nsp")
     parser.add_argument("--max_seq_length", type=int, default=128, help="tokens")
-    parser.add_argument("--text_column", default="text")
+    parser.add_argument("--text_column")
     parser.add_argument("--preprocessing_num_workers", type=int, default=None)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")

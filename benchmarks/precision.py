@@ -26,9 +26,11 @@ from benchmarks.correctness import LAYER_TESTS, require_passing_tests
 from benchmarks.environment import environment
 from benchmarks.report import markdown_table, write_json
 from benchmarks.runs import one_line_errors
-from corpora import load_corpus
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.masks import masking_collator
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from modeling_lambdabert import LambdaBertForMaskedLM
-from pretraining_data import DataArguments, masking_collator, prepare_examples
 from training_run import load_tokenizer
 
 SEED = 42
@@ -55,8 +57,8 @@ def masked_batches(folder: Path, text: str, batch_size: int, count: int) -> Iter
     tokenizer = load_tokenizer(str(folder))
     arguments = DataArguments(validation_file=[text], objective="mlm")
     rows = load_corpus(arguments, train=False)["validation"]
-    examples, _ = prepare_examples(rows, tokenizer, arguments, seed=SEED, training=False)
-    collate = masking_collator(tokenizer, arguments, seed=SEED)
+    examples, _ = prepare_examples(rows, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
+    collate = masking_collator(tokenizer, arguments.example_recipe(), seed=SEED)
     for start in range(0, min(len(examples), count * batch_size), batch_size):
         yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
 

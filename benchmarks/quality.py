@@ -50,8 +50,9 @@ from benchmarks.runs import (
     seeds,
     write_options,
 )
-from corpora import load_corpus
-from pretraining_data import count_tokens, prepare_examples
+from lambdabert.text.examples import count_tokens
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from run_language_modeling import Pretraining, parse_arguments, start_at_frequencies
 from training_report import LAMBDA_FIELDS
 from training_run import set_up_logging
@@ -184,7 +185,9 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
         test = {}
         if "test_file" in recipe:
             rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
-            examples, _ = prepare_examples(rows, pretraining.tokenizer, data_args, seed=DATA_SEED, training=False)
+            examples, _ = prepare_examples(
+                rows, pretraining.tokenizer, data_args.example_recipe(), seed=DATA_SEED, training=False
+            )
             test = trainer.evaluate(examples, metric_key_prefix="test")
     curve = [
         {name: record[name] for name in ("step", "num_input_tokens_seen", "seconds")}

@@ -22,8 +22,9 @@ from tqdm import trange
 from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
-from corpora import load_corpus
-from pretraining_data import DataArguments, prepare_examples
+from lambdabert.text.arguments import DataArguments
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from training_run import load_tokenizer, parse_arguments
 
 
@@ -81,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, data_args = parse_arguments([*given, "--sop"], (BaselineArguments, DataArguments))
         tokenizer = load_tokenizer(args.tokenizer_name)
         examples = {
-            split: prepare_examples(documents, tokenizer, data_args, seed=args.seed, training=split == "train")[0]
+            split: prepare_examples(
+                documents, tokenizer, data_args.example_recipe(), seed=args.seed, training=split == "train"
+            )[0]
             for split, documents in load_corpus(data_args, seed=args.seed).items()
         }
     result = {

@@ -115,7 +115,9 @@ def text(tmp_path_factory):
     train = training_support.write_text(folder / "train.txt")
     training_support.write_text(folder / "valid.txt", documents=4, seed=1)
     sentences = Path(train).read_text().split("\n")
-    importlib.import_module("pretraining_data").train_wordpiece(sentences, 200).save_pretrained(folder / "tokenizer")
+    importlib.import_module("lambdabert.text.tokenizers").train_wordpiece(sentences, 200).save_pretrained(
+        folder / "tokenizer"
+    )
     return folder
 
 

@@ -105,7 +105,10 @@ def test_commands_of_index_and_documents_parse():
 
 def test_tests_that_come_first_exist():
     for files, expression in (correctness.LAYER_TESTS, correctness.TEXT_TESTS):
-        text = "".join(f"{file}\n{(ROOT / file).read_text(encoding='utf-8')}" for file in files)
+        sources = [
+            file for name in files for file in ((ROOT / name).glob("*.py") if (ROOT / name).is_dir() else [ROOT / name])
+        ]
+        text = "".join(f"{file}\n{file.read_text(encoding='utf-8')}" for file in sources)
         assert all(word in text for word in expression.removeprefix("not ").split(" or "))
 
 

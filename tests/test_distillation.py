@@ -26,6 +26,7 @@ from distillation import (
     divergence,
     loss_sums,
 )
+from lambdabert.text.masks import masking_collator
 from modeling_lambdabert import (
     LambdaBertForMaskedLM,
     LambdaBertForPreTrainingNSP,
@@ -33,7 +34,6 @@ from modeling_lambdabert import (
     LambdaBertForTokenClassification,
     LambdaBertModel,
 )
-from pretraining_data import masking_collator
 from run_folder import CheckpointError
 from training_options import RunArguments
 from training_support import tiny_bert

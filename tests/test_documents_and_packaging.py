@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,12 +100,15 @@ def test_installed_package_is_importable_from_anywhere(tmp_path):
         *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
     ]:
         (source / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(ROOT / "lambdabert", source / "lambdabert", ignore=shutil.ignore_patterns("__pycache__"))
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", site, source], check=True, cwd=tmp_path)
     program = (
-        "import configuration_lambdabert, corpora, lambda_layer, modeling_lambdabert, pretraining_data\n"
+        "import configuration_lambdabert, lambda_layer, modeling_lambdabert\n"
         "import distill_from_bert, run_language_modeling\n"
+        "from lambdabert import LambdaBertConfig, LambdaBertModel, LambdaLayer\n"
+        "from lambdabert.text import masks, preparation, sources\n"
         "print(modeling_lambdabert.__file__, run_language_modeling.__file__)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -12,17 +12,19 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import distill_from_bert
 import run_language_modeling
 import training_options
 import training_run
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.text.masks import masking_collator
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
-from pretraining_data import masking_collator
 from pretraining_trainer import example_sums, pretraining_metrics
 from run_language_modeling import make_model, parse_arguments, parse_overrides
+from text_support import SPECIAL_TOKENS
 from training_report import plot_curves, unigram_baseline
 from training_support import RECIPE, finish, run_card_snippet, start_command, write_recipe
 
@@ -679,6 +681,18 @@ class TestMistakes:
         tokenizer.save_pretrained(tmp_path / "tokenizer")
         recipe = write_recipe(tmp_path / "r.json", **sources(text, tokenizer_name=str(tmp_path / "tokenizer")))
         assert "mask_token" in self.complaint(capfd, tmp_path, [recipe])
+
+    def test_whole_words_of_a_tokenizer_that_does_not_mark_them(self, capfd, tmp_path, text):
+        backend = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=SPECIAL_TOKENS, show_progress=False)
+        backend.train([str(text / "train.txt")], trainer)
+        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS))
+        PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path / "bpe")
+        cache = tmp_path / "cache"
+        values = sources(text, tokenizer_name=str(tmp_path / "bpe"), data_cache_dir=str(cache), whole_word_mask=True)
+        recipe = write_recipe(tmp_path / "r.json", **values)
+        assert "whole_word_mask" in self.complaint(capfd, tmp_path, [recipe])
+        assert not cache.exists(), "nothing was prepared"
 
     def test_checkpoint_of_another_shape(self, capfd, tmp_path, text, finished):
         recipe = write_recipe(tmp_path / "r.json", **sources(text, tokenizer_name=None))

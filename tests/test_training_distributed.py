@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import pretraining_data
 import training_run
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.text import masks
 from modeling_lambdabert import LambdaBertForMaskedLM
 from pretraining_trainer import PretrainingTrainer
 from run_folder import is_whole
@@ -152,7 +152,7 @@ def test_bf16_with_all_savings_of_memory_trains_as_float32_does(text, tmp_path):
 
 
 def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
-    collate = pretraining_data.MaskingCollator.__call__
+    collate = masks.MaskingCollator.__call__
     seen = tmp_path / "seen"
 
     def record(self, features, *args, **kwargs):
@@ -160,7 +160,7 @@ def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
             file.writelines(f"{feature['input_ids']}\n" for feature in features)
         return collate(self, features, *args, **kwargs)
 
-    monkeypatch.setattr(pretraining_data.MaskingCollator, "__call__", record)
+    monkeypatch.setattr(masks.MaskingCollator, "__call__", record)
     monkeypatch.setattr(training_run, "rehearse", lambda run: None)  # it has examples of its own
     run(
         text,

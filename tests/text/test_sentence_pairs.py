@@ -1,0 +1,40 @@
+"""Sentences are found, and pairs of them cover their document."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from lambdabert.text.sentence_pairs import draw_pairs, sentence_bounds, split_sentences
+
+
+@pytest.mark.parametrize("sentence_lengths", [[1, 2], [5, 5, 5], [100], [9, 1, 9, 1, 9], [3] * 50])
+def test_drawn_pairs_end_and_cover_the_document(sentence_lengths):
+    budget = 20
+    bounds = sentence_bounds(sentence_lengths, budget // 2)
+    assert max(np.diff(bounds)) <= budget // 2
+    for seed, replace_second in itertools.product(range(50), (False, True)):
+        pairs = list(draw_pairs(bounds, budget, 0.3, random.Random(seed), replace_second=replace_second))
+        covered = set()
+        for pair in pairs:
+            assert pair.start < pair.middle
+            assert pair.stop - pair.start <= budget
+            assert 1 <= pair.room <= budget - (pair.middle - pair.start)
+            replaced = replace_second and not pair.positive
+            covered |= set(range(pair.start, pair.middle if replaced else pair.stop))
+        assert covered == set(range(sum(sentence_lengths)))
+
+
+SENTENCES = [
+    "Dr. Smith moved to Washington, D.C. in 1990.",
+    "It cost $3.5 million, i.e. a lot!",
+    "Was it J. R. R. Tolkien's idea?",
+    "St. Louis won 3 – 2.",
+]
+
+
+def test_sentences_survive_abbreviations_and_spaced_full_stops():
+    assert split_sentences(" ".join(SENTENCES) + "\n\n Next line \n") == [*SENTENCES, "Next line"]
+    spaced = ["The U.S. Army left Dr. Brown 's house in 1990 .", "It rained , and nobody came ."]
+    assert split_sentences(" ".join(spaced)) == spaced
