@@ -31,6 +31,14 @@ FFT_TILE = 2**18  # numbers in the lambdas of one FFT; more of them leave the ca
 FFT_DEPTHS = 8  # value depths in one FFT at least: fewer fill no line of a cache where the lambdas are written
 
 
+def serves_every_size() -> bool:
+    """Whether a program is being made, by export or tracing, that has to serve batches and lengths not seen yet.
+
+    Such a program holds one path, made of real-valued operators that every runtime has.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def as_a_whole(values: torch.Tensor) -> bool:
     """Whether a sequence is computed at once; inference on a CPU computes tile by tile what then stays in its cache."""
     is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -132,8 +140,7 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     at_least_float32 = torch.promote_types(values.dtype, torch.float32)
     centre = relative_embeddings.shape[0] // 2
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
-    # a multiple of 128 has small prime factors; export cannot reason about the remainder
-    period = 2 * length if torch.compiler.is_exporting() else 2 * (length + -length % 64)
+    period = 2 * (length + -length % 64)  # a multiple of 128 has small prime factors
     depths = value_depth if as_a_whole(values) else max(FFT_DEPTHS, FFT_TILE // (batch * length * key_depth))
     lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
     with torch.autocast(values.device.type, enabled=False):
@@ -278,15 +285,14 @@ class LambdaLayer(nn.Module):
     @property
     def reach(self) -> int:
         """Places on either side of the sequence that `position_lambda` takes with it: R // 2, or none."""
-        # an exported program serves every length, so it holds no path that suits only some
-        return 0 if self.is_global or torch.compiler.is_exporting() else self.relative_embeddings.shape[0] // 2
+        return 0 if self.is_global or serves_every_size() else self.relative_embeddings.shape[0] // 2
 
     def position_lambda(self, context: torch.Tensor) -> torch.Tensor:
         """Position lambda [B, N, K, V] of values [B, N + 2 reach, V, U]."""
         if not self.is_global:
-            local = convolved_position_lambda if torch.compiler.is_exporting() else local_position_lambda
+            local = convolved_position_lambda if serves_every_size() else local_position_lambda
             return local(context, self.relative_embeddings)
-        if not torch.compiler.is_compiling() and context.shape[1] <= DIRECT_LENGTH:
+        if serves_every_size() or (not torch.compiler.is_compiling() and context.shape[1] <= DIRECT_LENGTH):
             return direct_position_lambda(context, self.relative_embeddings)
         return fft_position_lambda(context, self.relative_embeddings)
 

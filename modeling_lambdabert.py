@@ -362,8 +362,8 @@ def _first_token(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -
     """The first real token of each row, [B, 1, D]; padding may stand before it."""
     if token_mask is None:
         return hidden_states[:, :1]
-    first = token_mask.to(torch.uint8).argmax(dim=1).to(hidden_states.device)
-    return hidden_states.take_along_dim(first[:, None, None], dim=1)
+    first = token_mask.to(torch.int32).argmax(dim=1, keepdim=True).to(hidden_states.device)
+    return hidden_states.gather(1, first[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 def _mean(losses: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
