@@ -723,6 +723,20 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
         )
 
 
+def _within_tokens(positions: torch.Tensor, logits: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """The labels `positions` [B] of logits [B, N], -100 where they are not the place of a token.
+
+    Args:
+        padding: bool [B, N], True = padding; None = all are tokens.
+    """
+    positions = positions.to(logits.device)
+    places = torch.arange(logits.shape[1], device=logits.device)
+    is_label = positions[:, None] == places
+    if padding is not None:
+        is_label = is_label & ~padding
+    return positions.masked_fill(~is_label.any(dim=1), -100)
+
+
 class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionAnswering):
     """Extractive question answering: the first and the last token of the answer."""
 
@@ -747,24 +761,23 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
         """Finds the answer's ends; inputs as in `LambdaBertModel`.
 
         Args:
-            start_positions: [B], the answer's first token; N or more where the answer was truncated away.
+            start_positions: [B], the answer's first token. One that is no token of the row, because the answer was
+                truncated away or in padding, does not count in the loss.
             end_positions: [B], the answer's last token, likewise.
         """
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         logits = self.qa_outputs(outputs.last_hidden_state)
-        if attention_mask is not None:  # no answer ends in padding, and no loss depends on its amount
-            padding = ~attention_mask.bool().to(logits.device)
+        padding = None if attention_mask is None else ~attention_mask.bool().to(logits.device)
+        if padding is not None:  # no answer ends in padding, and no loss depends on its amount
             logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            length = start_logits.shape[1]
             ends = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(
-                _label_loss(logits, positions.masked_fill((positions < 0) | (positions >= length), -100)) / 2
-                for logits, positions in ends
+                _label_loss(logits, _within_tokens(positions, logits, padding)) / 2 for logits, positions in ends
             )
         return LambdaBertQuestionAnsweringOutput(
             loss=loss,

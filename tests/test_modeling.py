@@ -162,6 +162,31 @@ class TestLosses:
             expected = F.cross_entropy(logits, labels["labels"].flatten())
         torch.testing.assert_close(output.loss, expected)
 
+    @pytest.mark.parametrize("label", [0, 5, 7, 8, 9, 1000, -1], ids=str)
+    def test_answer_outside_of_the_tokens_does_not_count(self, make_config, make_inputs, label):
+        """Tokens of row 1 stand at 1 to 6; padding and what lies beyond the row cannot be predicted."""
+        config = make_config()
+        model = build(LambdaBertForQuestionAnswering, config)
+        inputs = make_inputs(LambdaBertForQuestionAnswering, config)
+        inputs["attention_mask"][1, [0, 7, 8]] = 0
+        labels = torch.tensor([3, label, 4])
+        output = model(**inputs, start_positions=labels, end_positions=labels)
+        rows = [0, 1, 2] if 1 <= label <= 6 else [0, 2]
+        ends = [F.cross_entropy(logits[rows], labels[rows]) for logits in (output.start_logits, output.end_logits)]
+        torch.testing.assert_close(output.loss, sum(ends) / 2)
+        assert output.loss < 10
+        output.loss.backward()
+        assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+    def test_no_answer_among_the_tokens(self, make_config, make_inputs):
+        config = make_config()
+        inputs = make_inputs(LambdaBertForQuestionAnswering, config)
+        labels = torch.full((3,), 9)
+        assert (
+            build(LambdaBertForQuestionAnswering, config)(**inputs, start_positions=labels, end_positions=labels).loss
+            == 0
+        )
+
     def test_regression(self, make_config, make_inputs):
         config = make_config(num_labels=1)
         model = build(LambdaBertForSequenceClassification, config).eval()
