@@ -7,8 +7,11 @@ embeddings, feed-forward layers, pooler and heads. What differs is `LambdaLayer`
 Shapes: B batch, N tokens, D hidden_size, K key_depth, V = D / num_lambda_queries.
 """
 
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -50,7 +53,7 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, find_labels
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
@@ -68,7 +71,40 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+# what every model takes besides the arguments that its forward names: transformers and the tools around it pass these
+KEYWORD_ARGUMENTS = {
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_lambda_params",
+    "use_cache",
+}
+
 FEED_FORWARD_TILE = 512  # tokens; their intermediate states fit into memory that is reused, a whole batch's do not
+
+
+def refuses_unknown_arguments(forward: Callable) -> Callable:
+    """Decorates a `forward` to refuse keyword arguments that it cannot use, a label of another task above all.
+
+    An argument that is None counts as not given. The signature names no `**kwargs`, because tools that find it pass on
+    whatever they have.
+    """
+    signature = inspect.signature(forward)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    known = KEYWORD_ARGUMENTS.union(parameter.name for parameter in named)
+
+    @wraps(forward)
+    def checked(self, *args, **kwargs):
+        unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} cannot use {', '.join(unknown)}: leave it out. The labels that it takes: "
+                f"{', '.join(find_labels(type(self))) or 'none'}."
+            )
+        return forward(self, *args, **{name: value for name, value in kwargs.items() if name in known})
+
+    checked.__signature__ = signature.replace(parameters=named)
+    return checked
 
 
 @dataclass
@@ -226,11 +262,16 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
     _supports_sdpa = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+    accepts_loss_kwargs = True  # the Trainer then gives num_items_in_batch
     _can_record_outputs = {"hidden_states": LambdaBertLayer, "lambda_params": LambdaLayer}
 
     def __init__(self, config):
         config.validate()  # fields may have been set after the config was made
         BertPreTrainedModel.__init__(self, config)  # not the Bert class's own, which would build self-attention
+
+    def _encode(self, *inputs: torch.Tensor | None, **kwargs) -> LambdaBertModelOutput:
+        """Output of the encoder below a head, for the inputs of `LambdaBertModel`."""
+        return self.bert(*inputs, **kwargs | {"return_dict": True})
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -286,6 +327,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         self.post_init()
 
     @capture_outputs
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -308,7 +350,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N]; more tokens than
-                the config's `longest_sequence`; attention weights asked for.
+                the config's `longest_sequence`; attention weights asked for; a keyword argument that it cannot use.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -453,8 +495,21 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         self.cls = BertPreTrainingHeads(config)
         self.post_init()
 
-    def _pretrain(self, sentence_task, sentence_label, labels, num_items_in_batch, inputs):
-        outputs = self.bert(**inputs, return_dict=True)
+    def _pretrain(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        sentence_loss: str,
+        sentence_label: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        **kwargs,
+    ) -> LambdaBertForPreTrainingOutput:
+        """Output and losses; `sentence_loss` is the name in the output of that of `sentence_label`."""
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         prediction_logits, mlm_loss = _masked_lm(
             self.cls.predictions, outputs.last_hidden_state, labels, num_items_in_batch
         )
@@ -463,7 +518,7 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         if mlm_loss is not None:
             parts["mlm_loss"] = mlm_loss
         if sentence_label is not None:
-            parts[sentence_task] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
+            parts[sentence_loss] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
         return LambdaBertForPreTrainingOutput(
             loss=sum(parts.values()) if parts else None,
             prediction_logits=prediction_logits,
@@ -478,6 +533,7 @@ class LambdaBertForPreTrainingNSP(LambdaBertForPreTraining):
     """Masked language modelling and next sentence prediction (BERT)."""
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -497,21 +553,15 @@ class LambdaBertForPreTrainingNSP(LambdaBertForPreTraining):
             next_sentence_label: [B], 0 = B follows A in its document, 1 = B comes from another document.
             num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return self._pretrain("nsp_loss", next_sentence_label, labels, num_items_in_batch, inputs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._pretrain(*inputs, labels, "nsp_loss", next_sentence_label, num_items_in_batch, **kwargs)
 
 
 class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
     """Masked language modelling and sentence order prediction (ALBERT)."""
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -531,15 +581,8 @@ class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
             sentence_order_label: [B], 0 = in order, 1 = swapped.
             num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return self._pretrain("sop_loss", sentence_order_label, labels, num_items_in_batch, inputs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._pretrain(*inputs, labels, "sop_loss", sentence_order_label, num_items_in_batch, **kwargs)
 
 
 class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
@@ -552,6 +595,7 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -569,9 +613,7 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
             labels: [B, N], the token at masked places, -100 elsewhere.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, loss = _masked_lm(self.cls, outputs.last_hidden_state, labels, num_items_in_batch)
         return LambdaBertHeadOutput(
             loss=loss,
@@ -591,6 +633,7 @@ class LambdaBertForNextSentencePrediction(LambdaBertPreTrainedModel, BertForNext
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -608,9 +651,7 @@ class LambdaBertForNextSentencePrediction(LambdaBertPreTrainedModel, BertForNext
             labels: [B], 0 = B follows A, 1 = B is random.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.cls(outputs.pooler_output)
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -637,6 +678,7 @@ class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequ
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -655,9 +697,7 @@ class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequ
                 label, [B] numbers (squared error). `config.problem_type` decides, and is set from the labels at first.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         return LambdaBertHeadOutput(
             loss=self._loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -694,6 +734,7 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -711,9 +752,7 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
             labels: [B, N], the class of each token, -100 where it does not count.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -747,6 +786,7 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -765,9 +805,7 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
                 truncated away or in padding, does not count in the loss.
             end_positions: [B], the answer's last token, likewise.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
         padding = None if attention_mask is None else ~attention_mask.bool().to(logits.device)
         if padding is not None:  # no answer ends in padding, and no loss depends on its amount
@@ -799,6 +837,7 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -818,7 +857,7 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
         """
         choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.bert(*(i.flatten(0, 1) if i is not None else None for i in inputs), return_dict=True, **kwargs)
+        outputs = self._encode(*(i.flatten(0, 1) if i is not None else None for i in inputs), **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,

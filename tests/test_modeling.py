@@ -802,6 +802,33 @@ class TestRefusals:
         with pytest.raises(ValueError):
             build(LambdaBertModel, make_config())(**{name: inputs[name] for name in given})
 
+    LABELS = ["labels", "label", "next_sentence_label", "sentence_order_label", "start_positions", "end_positions"]
+
+    @pytest.mark.parametrize("label", LABELS)
+    def test_a_label_of_another_task(self, make_config, make_inputs, make_labels, model_class, label):
+        """Rather than no loss; the text names what was given and the labels that the class takes."""
+        config = make_config()
+        own = set(make_labels(model_class, config))
+        if label in own:
+            return
+        with pytest.raises(ValueError, match=rf"{model_class.__name__} cannot use {label}:") as error:
+            build(model_class, config)(**make_inputs(model_class, config), **{label: torch.zeros(3, dtype=torch.long)})
+        assert set(str(error.value).partition("takes: ")[2].rstrip(".").split(", ")) == (own or {"none"})
+
+    @pytest.mark.parametrize("name", ["head_mask", "encoder_hidden_states", "past_key_values", "cu_seq_lens_q"])
+    def test_other_keyword_arguments_that_have_no_effect(self, make_config, make_inputs, model_class, name):
+        config = make_config()
+        model = build(model_class, config)
+        inputs = make_inputs(model_class, config)
+        with pytest.raises(ValueError, match=f"cannot use {name}"):
+            model(**inputs, **{name: torch.ones(2)})
+        model(**inputs, **{name: None})
+
+    def test_what_tools_pass_to_every_model(self, make_config, make_inputs, model_class):
+        config = make_config()
+        passed = {"num_items_in_batch": torch.tensor(3), "output_attentions": None, "output_hidden_states": None}
+        build(model_class, config)(**make_inputs(model_class, config), **passed, return_dict=None, use_cache=False)
+
 
 class TestTrainerEvaluation:
     @pytest.mark.parametrize("model_class", [LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP])
