@@ -223,7 +223,12 @@ def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor |
 
 
 def as_token_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """The mask as bool [B, N], True = token."""
+    """The mask as bool [B, N], True = token.
+
+    Raises:
+        ValueError: the mask is not [B, N], or holds something other than 0 and 1. Its entries are not looked at in a
+            compiled, exported or traced program, which would wait for them on an accelerator.
+    """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
@@ -236,6 +241,14 @@ def as_token_mask(attention_mask: torch.Tensor | None, batch: int, length: int) 
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the inputs are [{batch}, {length}]: "
             "give one entry per token."
         )
+    has_entries = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or attention_mask.is_meta)
+    if has_entries and attention_mask.dtype != torch.bool:
+        others = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if len(others):
+            raise ValueError(
+                f"attention_mask holds {others[0].item():g}: give 1 or True for tokens, 0 or False for padding. (In a "
+                "mask that is added to attention scores, 0 is a token: give `mask == 0` in its place.)"
+            )
     return attention_mask.bool()
 
 
@@ -310,7 +323,8 @@ class LambdaLayer(nn.Module):
             The output, shaped as `hidden_states`, and the content lambda [B, K, V].
 
         Raises:
-            ValueError: the mask is not [B, N], or N exceeds the offset table of a global scope.
+            ValueError: the mask is not [B, N] or holds something other than 0 and 1, or N exceeds the offset table of a
+                global scope.
         """
         token_mask = as_token_mask(attention_mask, *hidden_states.shape[:2])
         projected = (

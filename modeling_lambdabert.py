@@ -349,8 +349,9 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             kwargs: `output_hidden_states`, `output_lambda_params` and `return_dict`, each in place of the config's.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N]; more tokens than
-                the config's `longest_sequence`; attention weights asked for; a keyword argument that it cannot use.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N] or holds something
+                other than 0 and 1; more tokens than the config's `longest_sequence`; attention weights asked for; a
+                keyword argument that the model cannot use.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

@@ -1,6 +1,7 @@
 """The model family: outputs, losses, accumulation, checkpointing, compilation, padding, and what it refuses."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -780,6 +781,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match="attention_mask") as error:
             build(LambdaBertModel, config)(**inputs)
         assert all(str(size) in str(error.value) for size in shape)
+
+    @pytest.mark.parametrize(
+        "fill, value", [(0.0, -1e9), (0.0, float("-inf")), (1.0, float("nan")), (1.0, 0.5), (1, 2)]
+    )
+    def test_mask_of_other_numbers(self, make_config, make_inputs, model_class, fill, value):
+        """Above all one to be added to attention scores, 0 for tokens, which would be taken inverted."""
+        config = make_config()
+        inputs = make_inputs(model_class, config)
+        mask = torch.full(inputs["attention_mask"].shape, fill)
+        mask[-1, ..., 5:] = value
+        with pytest.raises(ValueError, match=re.escape(f"attention_mask holds {value:g}:")):
+            build(model_class, config)(**inputs | {"attention_mask": mask})
 
     @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "flex_attention"])
     def test_attention_implementations(self, make_config, implementation):
