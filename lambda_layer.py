@@ -79,12 +79,13 @@ def local_position_lambda(context: torch.Tensor, relative_embeddings: torch.Tens
     rows = F.pad(rows, (0, 0, 0, -length % LOCAL_BLOCK * intra_depth)) if length % LOCAL_BLOCK else rows
     # of a single sequence, the overlapping windows are a view
     windows = rows.flatten(1).unfold(1, in_sight * intra_depth * value_depth, LOCAL_BLOCK * intra_depth * value_depth)
+    blocks = windows.shape[1]
     windows = rearrange(windows, "b g (s v) -> (b g) s v", v=value_depth)
     # row t holds E from column t on, and zeros elsewhere
     toeplitz = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
     toeplitz = rearrange(toeplitz, "t k u s -> (t k) (s u)")
     lambdas = torch.bmm(toeplitz.expand(len(windows), -1, -1), windows)
-    return rearrange(lambdas, "(b g) (t k) v -> b (g t) k v", b=len(context), t=LOCAL_BLOCK)[:, :length]
+    return rearrange(lambdas, "(b g) (t k) v -> b (g t) k v", g=blocks, t=LOCAL_BLOCK)[:, :length]
 
 
 def convolved_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ def convolved_position_lambda(values: torch.Tensor, relative_embeddings: torch.T
     folded = rearrange(values, "b n v u -> (b v) u n")
     kernel = rearrange(relative_embeddings, "r k u -> k u r")
     lambdas = F.conv1d(folded, kernel, padding=relative_embeddings.shape[0] // 2)
-    return rearrange(lambdas, "(b v) k n -> b n k v", b=values.shape[0])
+    return rearrange(lambdas, "(b v) k n -> b n k v", v=values.shape[2])
 
 
 def direct_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
@@ -137,6 +138,8 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     """
     batch, length, value_depth, intra_depth = values.shape
     key_depth = relative_embeddings.shape[1]
+    if batch == 0:  # an FFT of nothing fails; any product has the shape and the graph that are wanted
+        return torch.einsum("bnvu,rku->bnkv", values, relative_embeddings[:1])
     at_least_float32 = torch.promote_types(values.dtype, torch.float32)
     centre = relative_embeddings.shape[0] // 2
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
@@ -323,8 +326,8 @@ class LambdaLayer(nn.Module):
             The output, shaped as `hidden_states`, and the content lambda [B, K, V].
 
         Raises:
-            ValueError: the mask is not [B, N] or holds something other than 0 and 1, or N exceeds the offset table of a
-                global scope.
+            ValueError: the mask is not [B, N] or holds something other than 0 and 1; N is 0 or exceeds the offset table
+                of a global scope.
         """
         token_mask = as_token_mask(attention_mask, *hidden_states.shape[:2])
         projected = (
@@ -353,6 +356,8 @@ class LambdaLayer(nn.Module):
             token_mask: bool [B, N], True = token; None = all are.
         """
         batch, length, _ = queries.shape
+        if length == 0:
+            raise ValueError("The sequence has 0 tokens: give one or more.")
         if self.is_global and length > self.max_length:
             raise ValueError(
                 f"The sequence has {length} tokens, but max_position_embeddings={self.max_length} bounds the global "
@@ -383,7 +388,7 @@ class LambdaLayer(nn.Module):
     def _tiled_outputs(self, queries: torch.Tensor, content: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         batch, length = queries.shape[:2]
         outputs = queries.new_empty(*queries.shape[:3], content.shape[-1])
-        rows = max(1, (FFT_TILE // content[0].numel() if self.is_global else TILE) // length)
+        rows = max(1, (FFT_TILE // content.shape[1:].numel() if self.is_global else TILE) // length)
         for row in range(0, batch, rows):
             some = slice(row, row + rows)
             position = self.position_lambda(context[some]) if self.is_global else None

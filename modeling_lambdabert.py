@@ -192,7 +192,8 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 f"tokenizer does with truncation=True, max_length={limit}) or use a model with a larger "
                 "max_position_embeddings."
             )
-        if position_ids is not None and not torch.compiler.is_compiling() and not position_ids.is_meta:
+        has_entries = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if position_ids is not None and has_entries and not position_ids.is_meta and position_ids.numel():
             highest = int(position_ids.max())
             if highest >= limit:
                 raise ValueError(
@@ -350,8 +351,8 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N] or holds something
-                other than 0 and 1; more tokens than the config's `longest_sequence`; attention weights asked for; a
-                keyword argument that the model cannot use.
+                other than 0 and 1; no token, or more than the config's `longest_sequence`; attention weights asked for;
+                a keyword argument that the model cannot use.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -856,10 +857,10 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
             labels: [B], the index of the right choice.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        batch, choices = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self._encode(*(i.flatten(0, 1) if i is not None else None for i in inputs), **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
             logits=logits,

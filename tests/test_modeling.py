@@ -711,6 +711,55 @@ class TestPacking:
             build(LambdaBertModel, make_config())(torch.ones_like(mask), mask)
 
 
+class TestEmptyBatch:
+    """A batch of no rows gives empty results, in every mode; a sequence of no tokens is refused."""
+
+    @staticmethod
+    def empty(inputs):
+        return {name: value[:0] for name, value in inputs.items()}
+
+    @pytest.mark.parametrize("length", [9, 80])
+    @pytest.mark.parametrize("norm", ["layer", "batch"])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_training(self, make_config, make_inputs, make_labels, head_class, scope, norm, length):
+        config = make_config(local_context_size=scope, lambda_norm=norm, max_position_embeddings=80)
+        model = build(head_class, config).train()
+        inputs, labels = (make(head_class, config, length=length) for make in (make_inputs, make_labels))
+        loss = model(**self.empty(inputs), **self.empty(labels)).loss
+        assert loss == 0
+        loss.backward()
+        assert all(gradient is None or (gradient == 0).all() for gradient in gradients(model).values())
+        assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+
+    @pytest.mark.parametrize("mode", ["inference", "with gradients", "hidden states", "without a mask", "traced"])
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_outputs(self, make_config, make_inputs, model_class, scope, mode):
+        config = make_config(local_context_size=scope, max_position_embeddings=80, return_dict=False)
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config, length=80)
+        expected = [output[:0].shape for output in model(**inputs)]
+        call = torch.jit.trace(model, example_kwarg_inputs=inputs) if mode == "traced" else model
+        inputs = self.empty(inputs)
+        if mode == "without a mask":
+            del inputs["attention_mask"]
+        flags = {"output_hidden_states": True} if mode == "hidden states" else {}
+        with torch.inference_mode(mode == "inference"):
+            outputs = call(**inputs, **flags)
+        assert [output.shape for output in outputs[: len(expected)]] == expected
+
+    @pytest.mark.parametrize("inference", [True, False])
+    @pytest.mark.parametrize("masked", [True, False])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_no_token(self, make_config, make_inputs, model_class, scope, masked, inference):
+        config = make_config(local_context_size=scope)
+        inputs = make_inputs(model_class, config, length=0)
+        if not masked:
+            del inputs["attention_mask"]
+        with pytest.raises(ValueError, match="0 tokens"), torch.inference_mode(inference):
+            build(model_class, config)(**inputs)
+
+
 class TestFeedForwardTiles:
     """Inference on a CPU feeds some tokens forward at a time, whatever rows they stand in."""
 
