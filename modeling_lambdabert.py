@@ -253,6 +253,19 @@ class LambdaBertEncoder(BertEncoder):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
+class FullPrecisionLayerNorm(nn.LayerNorm):
+    """Layer norm with statistics in float32 at least.
+
+    On a CPU, torch keeps the statistics in the inputs' precision. In float16 the scale of a row of equal numbers, which
+    padding becomes on its way to an MLM head, is then infinite, and the gradients are NaN.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(inputs.to(dtype), self.normalized_shape, weight, bias, self.eps).to(inputs.dtype)
+
+
 class LambdaBertPreTrainedModel(BertPreTrainedModel):
     """Base of all models: weights' initialisation, loading and saving, and which outputs can be recorded."""
 
@@ -495,6 +508,7 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         super().__init__(config)
         self.bert = LambdaBertModel(config)
         self.cls = BertPreTrainingHeads(config)
+        self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def _pretrain(
@@ -594,6 +608,7 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
         super().__init__(config)
         self.bert = LambdaBertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
+        self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @can_return_tuple

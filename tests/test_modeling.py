@@ -711,6 +711,34 @@ class TestPacking:
             build(LambdaBertModel, make_config())(torch.ones_like(mask), mask)
 
 
+class TestHalfPrecision:
+    """A model whose weights are all of half precision: finite, and near to float32, with padding of every kind."""
+
+    @pytest.mark.parametrize("layout", ["packed", "padded"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_near_to_float32(self, make_config, make_inputs, make_labels, head_class, scope, dtype, layout):
+        config = make_config(local_context_size=scope, lambda_norm="layer")
+        inputs, labels = make_inputs(head_class, config, batch=4), make_labels(head_class, config, batch=4)
+        inputs["attention_mask"][1, ..., 5:] = 0
+        inputs["attention_mask"][2, ..., ::2] = 0
+        inputs["attention_mask"][3] = 0
+        results = []
+        for precision in (dtype, torch.float32):
+            model = build(head_class, config).to(dtype).to(precision).train()
+            loss = model(**inputs, **labels, output_hidden_states=layout == "padded").loss
+            loss.backward()
+            flat = torch.cat(
+                [gradient.float().flatten() for gradient in gradients(model).values() if gradient is not None]
+            )
+            results.append((loss.detach().float(), flat))
+        (loss, gradient), (exact_loss, exact_gradient) = results
+        assert torch.isfinite(gradient).all()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(loss, exact_loss, rtol=4 * eps, atol=0)
+        assert (gradient - exact_gradient).norm() <= 16 * eps * exact_gradient.norm()
+
+
 class TestEmptyBatch:
     """A batch of no rows gives empty results, in every mode; a sequence of no tokens is refused."""
 
