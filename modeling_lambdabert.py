@@ -310,7 +310,8 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
                 1 ... P - 1, again and again.
 
         Returns:
-            The model, in evaluation mode, on the BERT's device and in its precision.
+            The model, in evaluation mode, on the BERT's device. A BERT given as a model keeps its precision; from a
+            folder or the hub it is loaded in float32, however it is stored, because the result is to be trained.
 
         Raises:
             ValueError: not BERT's architecture, a decoder, cross-attention or relative positions; a setting that is no
