@@ -341,6 +341,16 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        is_being_loaded = getattr(self.embeddings.word_embeddings.weight, "_is_hf_initialized", False)
+        if is_being_loaded and self.pooler is not None and module is self.pooler.dense:
+            # the same in every process: PEFT saves a fresh classifier with its adapter, but not the pooler below it
+            generator = torch.Generator("cpu").manual_seed(0)
+            weight = torch.randn(module.weight.shape, generator=generator, device="cpu")
+            init.copy_(module.weight, self.config.initializer_range * weight)
+
     @capture_outputs
     @refuses_unknown_arguments
     def forward(

@@ -100,6 +100,27 @@ class TestLoRA:
         inputs = make_inputs(LambdaBertForMaskedLM, loaded.config)
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
+    @pytest.mark.parametrize("others", [[], ["pooler"]], ids=["as in the README", "pooler trained"])
+    def test_a_fresh_classifier_predicts_the_same_after_loading(self, save_model, make_inputs, tmp_path, others):
+        """From an MLM checkpoint, in which neither classifier nor pooler is, loaded again under another seed."""
+        peft = pytest.importorskip("peft")
+        folder = save_model(LambdaBertForMaskedLM)
+        lora = peft.LoraConfig(
+            task_type="SEQ_CLS", target_modules=["to_queries", "to_keys", "to_values"], modules_to_save=[*others]
+        )
+        torch.manual_seed(1)
+        model = peft.get_peft_model(LambdaBertForSequenceClassification.from_pretrained(folder), lora).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.save_pretrained(tmp_path / "adapter")
+        torch.manual_seed(2)
+        base = LambdaBertForSequenceClassification.from_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        inputs = make_inputs(LambdaBertForSequenceClassification, base.config)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
 
 SENTENCE_TRANSFORMER = """
 import sys

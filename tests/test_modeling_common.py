@@ -216,6 +216,16 @@ class TestInitialisation:
             models.append(model_class(make_config()))
         assert_same_model(*models)
 
+    def test_pooler_depends_on_the_seed_unless_a_checkpoint_lacks_it(self, make_config, tmp_path):
+        modeling.LambdaBertForMaskedLM(make_config()).save_pretrained(tmp_path)
+        fresh, missing = [], []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            fresh.append(LambdaBertModel(make_config()).pooler.dense.weight)
+            missing.append(LambdaBertModel.from_pretrained(tmp_path).pooler.dense.weight)
+        assert not torch.equal(*fresh) and torch.equal(*missing)
+        assert missing[0].std().item() == pytest.approx(make_config().initializer_range, rel=0.1)
+
     def test_built_on_meta(self, make_config, model_class):
         with torch.device("meta"):
             model = model_class(make_config(local_context_size=None, lambda_norm="batch"))
