@@ -1,11 +1,15 @@
 """Configuration of LambdaBERT: BERT's fields and those of the lambda layer that replaces self-attention."""
 
 import math
+import shutil
+from os import PathLike
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_relative_import_files
 
 LAMBDA_NORMS = ("batch", "layer", "rms", "none")
 POSITION_EMBEDDING_TYPES = ("absolute", "none")
@@ -80,6 +84,22 @@ class LambdaBertConfig(BertConfig):
             **auto_map,
         }
         self.validate_lambda_layer()
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs):
+        """Saves the config with the code that its `auto_map` names.
+
+        transformers copies the file that defines a saved class, and nothing for a class from a notebook or for a config
+        that is saved alone.
+        """
+        here, folder = Path(__file__).parent, Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {str(reference).partition(".")[0] for reference in self.auto_map.values()}
+        for file in (here / f"{module}.py" for module in named):
+            for source in (file, *map(Path, get_relative_import_files(file))) if file.is_file() else ():
+                target = folder / source.name
+                if not (target.exists() and target.samefile(source)):
+                    shutil.copyfile(source, target)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def longest_sequence(self) -> int | None:
