@@ -93,7 +93,7 @@ def check_bert(fields: dict, name: str):
 
 
 def load_bert(bert: PreTrainedModel | str, bert_class: type) -> tuple[PreTrainedModel, set[str]]:
-    """The BERT, and the names of its weights that its folder did not hold.
+    """The BERT, in float32 if it is loaded, and the names of its weights that its folder did not hold.
 
     Args:
         bert: a model of `transformers`, a folder or a hub name.
@@ -109,7 +109,7 @@ def load_bert(bert: PreTrainedModel | str, bert_class: type) -> tuple[PreTrained
     if not isinstance(bert, str | PathLike):
         raise ValueError(f"{type(bert).__name__} is no BERT: give a model of transformers, its folder or its hub name.")
     check_bert(BertConfig.get_config_dict(bert)[0], str(bert))
-    model, report = bert_class.from_pretrained(bert, output_loading_info=True)
+    model, report = bert_class.from_pretrained(bert, dtype=torch.float32, output_loading_info=True)
     return model, set(report["missing_keys"])
 
 

@@ -1,12 +1,34 @@
 """Configuration of LambdaBERT: BERT's fields and those of the lambda layer that replaces self-attention."""
 
+import math
+import shutil
+from os import PathLike
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
+from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import get_relative_import_files
 
 LAMBDA_NORMS = ("batch", "layer", "rms", "none")
 POSITION_EMBEDDING_TYPES = ("absolute", "none")
+
+RANGES = {  # lowest value, and what all stay below: fields
+    (1, float("inf")): (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "num_lambda_queries",
+        "key_depth",
+        "intra_depth",
+    ),
+    (0, float("inf")): ("initializer_range", "layer_norm_eps"),
+    (0, 1): ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+}
 
 
 @strict
@@ -31,7 +53,7 @@ class LambdaBertConfig(BertConfig):
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
 
     Raises:
-        ValueError: one of these fields has a value that cannot work; the text names field, value and fix.
+        ValueError: a field, one of BERT's included, has a value that cannot work; the text names field, value and fix.
     """
 
     model_type = "lambdabert"
@@ -63,6 +85,22 @@ class LambdaBertConfig(BertConfig):
         }
         self.validate_lambda_layer()
 
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs):
+        """Saves the config with the code that its `auto_map` names.
+
+        transformers copies the file that defines a saved class, and nothing for a class from a notebook or for a config
+        that is saved alone.
+        """
+        here, folder = Path(__file__).parent, Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {str(reference).partition(".")[0] for reference in self.auto_map.values()}
+        for file in (here / f"{module}.py" for module in named):
+            for source in (file, *map(Path, get_relative_import_files(file))) if file.is_file() else ():
+                target = folder / source.name
+                if not (target.exists() and target.samefile(source)):
+                    shutil.copyfile(source, target)
+        super().save_pretrained(save_directory, **kwargs)
+
     @property
     def longest_sequence(self) -> int | None:
         """Tokens that a sequence may have; None = any number."""
@@ -70,11 +108,24 @@ class LambdaBertConfig(BertConfig):
         return None if unlimited else self.max_position_embeddings
 
     def validate_lambda_layer(self):
-        """Checks the fields that LambdaBERT adds to BERT's, and those that it cannot serve."""
-        for field in ("hidden_size", "max_position_embeddings", "num_lambda_queries", "key_depth", "intra_depth"):
-            value = getattr(self, field)
-            if value < 1:
-                raise ValueError(f"{field}={value} leaves nothing to compute; set it to 1 or more.")
+        """Checks that the fields together make a model, BERT's own among them."""
+        for (lowest, bound), fields in RANGES.items():
+            for field in fields:
+                value = getattr(self, field)
+                if value is not None and not lowest <= value < bound:  # NaN is in no range
+                    end = f" and less than {bound}" if math.isfinite(bound) else ""
+                    raise ValueError(
+                        f"{field}={value} is out of range; set it to a finite number, {lowest} or more{end}."
+                    )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} is outside the vocabulary of vocab_size={self.vocab_size}; set "
+                "it to the tokenizer's pad_token_id, or to None."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is unknown; set it to one of {', '.join(sorted(ACT2FN))}."
+            )
         if self.hidden_size % self.num_lambda_queries:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_lambda_queries={self.num_lambda_queries}: "

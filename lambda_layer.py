@@ -31,6 +31,14 @@ FFT_TILE = 2**18  # numbers in the lambdas of one FFT; more of them leave the ca
 FFT_DEPTHS = 8  # value depths in one FFT at least: fewer fill no line of a cache where the lambdas are written
 
 
+def serves_every_size() -> bool:
+    """Whether a program is being made, by export or tracing, that has to serve batches and lengths not seen yet.
+
+    Such a program holds one path, made of real-valued operators that every runtime has.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def as_a_whole(values: torch.Tensor) -> bool:
     """Whether a sequence is computed at once; inference on a CPU computes tile by tile what then stays in its cache."""
     is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -71,12 +79,13 @@ def local_position_lambda(context: torch.Tensor, relative_embeddings: torch.Tens
     rows = F.pad(rows, (0, 0, 0, -length % LOCAL_BLOCK * intra_depth)) if length % LOCAL_BLOCK else rows
     # of a single sequence, the overlapping windows are a view
     windows = rows.flatten(1).unfold(1, in_sight * intra_depth * value_depth, LOCAL_BLOCK * intra_depth * value_depth)
+    blocks = windows.shape[1]
     windows = rearrange(windows, "b g (s v) -> (b g) s v", v=value_depth)
     # row t holds E from column t on, and zeros elsewhere
     toeplitz = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
     toeplitz = rearrange(toeplitz, "t k u s -> (t k) (s u)")
     lambdas = torch.bmm(toeplitz.expand(len(windows), -1, -1), windows)
-    return rearrange(lambdas, "(b g) (t k) v -> b (g t) k v", b=len(context), t=LOCAL_BLOCK)[:, :length]
+    return rearrange(lambdas, "(b g) (t k) v -> b (g t) k v", g=blocks, t=LOCAL_BLOCK)[:, :length]
 
 
 def convolved_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
@@ -94,7 +103,7 @@ def convolved_position_lambda(values: torch.Tensor, relative_embeddings: torch.T
     folded = rearrange(values, "b n v u -> (b v) u n")
     kernel = rearrange(relative_embeddings, "r k u -> k u r")
     lambdas = F.conv1d(folded, kernel, padding=relative_embeddings.shape[0] // 2)
-    return rearrange(lambdas, "(b v) k n -> b n k v", b=values.shape[0])
+    return rearrange(lambdas, "(b v) k n -> b n k v", v=values.shape[2])
 
 
 def direct_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
@@ -129,11 +138,12 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     """
     batch, length, value_depth, intra_depth = values.shape
     key_depth = relative_embeddings.shape[1]
+    if batch == 0:  # an FFT of nothing fails; any product has the shape and the graph that are wanted
+        return torch.einsum("bnvu,rku->bnkv", values, relative_embeddings[:1])
     at_least_float32 = torch.promote_types(values.dtype, torch.float32)
     centre = relative_embeddings.shape[0] // 2
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
-    # a multiple of 128 has small prime factors; export cannot reason about the remainder
-    period = 2 * length if torch.compiler.is_exporting() else 2 * (length + -length % 64)
+    period = 2 * (length + -length % 64)  # a multiple of 128 has small prime factors
     depths = value_depth if as_a_whole(values) else max(FFT_DEPTHS, FFT_TILE // (batch * length * key_depth))
     lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
     with torch.autocast(values.device.type, enabled=False):
@@ -216,7 +226,12 @@ def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor |
 
 
 def as_token_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """The mask as bool [B, N], True = token."""
+    """The mask as bool [B, N], True = token.
+
+    Raises:
+        ValueError: the mask is not [B, N], or holds something other than 0 and 1. Its entries are not looked at in a
+            compiled, exported or traced program, which would wait for them on an accelerator.
+    """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
@@ -229,6 +244,14 @@ def as_token_mask(attention_mask: torch.Tensor | None, batch: int, length: int) 
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the inputs are [{batch}, {length}]: "
             "give one entry per token."
         )
+    has_entries = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or attention_mask.is_meta)
+    if has_entries and attention_mask.dtype != torch.bool:
+        others = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if len(others):
+            raise ValueError(
+                f"attention_mask holds {others[0].item():g}: give 1 or True for tokens, 0 or False for padding. (In a "
+                "mask that is added to attention scores, 0 is a token: give `mask == 0` in its place.)"
+            )
     return attention_mask.bool()
 
 
@@ -278,15 +301,14 @@ class LambdaLayer(nn.Module):
     @property
     def reach(self) -> int:
         """Places on either side of the sequence that `position_lambda` takes with it: R // 2, or none."""
-        # an exported program serves every length, so it holds no path that suits only some
-        return 0 if self.is_global or torch.compiler.is_exporting() else self.relative_embeddings.shape[0] // 2
+        return 0 if self.is_global or serves_every_size() else self.relative_embeddings.shape[0] // 2
 
     def position_lambda(self, context: torch.Tensor) -> torch.Tensor:
         """Position lambda [B, N, K, V] of values [B, N + 2 reach, V, U]."""
         if not self.is_global:
-            local = convolved_position_lambda if torch.compiler.is_exporting() else local_position_lambda
+            local = convolved_position_lambda if serves_every_size() else local_position_lambda
             return local(context, self.relative_embeddings)
-        if not torch.compiler.is_compiling() and context.shape[1] <= DIRECT_LENGTH:
+        if serves_every_size() or (not torch.compiler.is_compiling() and context.shape[1] <= DIRECT_LENGTH):
             return direct_position_lambda(context, self.relative_embeddings)
         return fft_position_lambda(context, self.relative_embeddings)
 
@@ -304,7 +326,8 @@ class LambdaLayer(nn.Module):
             The output, shaped as `hidden_states`, and the content lambda [B, K, V].
 
         Raises:
-            ValueError: the mask is not [B, N], or N exceeds the offset table of a global scope.
+            ValueError: the mask is not [B, N] or holds something other than 0 and 1; N is 0 or exceeds the offset table
+                of a global scope.
         """
         token_mask = as_token_mask(attention_mask, *hidden_states.shape[:2])
         projected = (
@@ -333,6 +356,8 @@ class LambdaLayer(nn.Module):
             token_mask: bool [B, N], True = token; None = all are.
         """
         batch, length, _ = queries.shape
+        if length == 0:
+            raise ValueError("The sequence has 0 tokens: give one or more.")
         if self.is_global and length > self.max_length:
             raise ValueError(
                 f"The sequence has {length} tokens, but max_position_embeddings={self.max_length} bounds the global "
@@ -363,7 +388,7 @@ class LambdaLayer(nn.Module):
     def _tiled_outputs(self, queries: torch.Tensor, content: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         batch, length = queries.shape[:2]
         outputs = queries.new_empty(*queries.shape[:3], content.shape[-1])
-        rows = max(1, (FFT_TILE // content[0].numel() if self.is_global else TILE) // length)
+        rows = max(1, (FFT_TILE // content.shape[1:].numel() if self.is_global else TILE) // length)
         for row in range(0, batch, rows):
             some = slice(row, row + rows)
             position = self.position_lambda(context[some]) if self.is_global else None

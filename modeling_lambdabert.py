@@ -7,8 +7,11 @@ embeddings, feed-forward layers, pooler and heads. What differs is `LambdaLayer`
 Shapes: B batch, N tokens, D hidden_size, K key_depth, V = D / num_lambda_queries.
 """
 
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -50,7 +53,7 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, find_labels
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
@@ -68,7 +71,40 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+# what every model takes besides the arguments that its forward names: transformers and the tools around it pass these
+KEYWORD_ARGUMENTS = {
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_lambda_params",
+    "use_cache",
+}
+
 FEED_FORWARD_TILE = 512  # tokens; their intermediate states fit into memory that is reused, a whole batch's do not
+
+
+def refuses_unknown_arguments(forward: Callable) -> Callable:
+    """Decorates a `forward` to refuse keyword arguments that it cannot use, a label of another task above all.
+
+    An argument that is None counts as not given. The signature names no `**kwargs`, because tools that find it pass on
+    whatever they have.
+    """
+    signature = inspect.signature(forward)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    known = KEYWORD_ARGUMENTS.union(parameter.name for parameter in named)
+
+    @wraps(forward)
+    def checked(self, *args, **kwargs):
+        unknown = [name for name, value in kwargs.items() if name not in known and value is not None]
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} cannot use {', '.join(unknown)}: leave it out. The labels that it takes: "
+                f"{', '.join(find_labels(type(self))) or 'none'}."
+            )
+        return forward(self, *args, **{name: value for name, value in kwargs.items() if name in known})
+
+    checked.__signature__ = signature.replace(parameters=named)
+    return checked
 
 
 @dataclass
@@ -156,7 +192,8 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 f"tokenizer does with truncation=True, max_length={limit}) or use a model with a larger "
                 "max_position_embeddings."
             )
-        if position_ids is not None and not torch.compiler.is_compiling() and not position_ids.is_meta:
+        has_entries = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if position_ids is not None and has_entries and not position_ids.is_meta and position_ids.numel():
             highest = int(position_ids.max())
             if highest >= limit:
                 raise ValueError(
@@ -216,6 +253,19 @@ class LambdaBertEncoder(BertEncoder):
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
+class FullPrecisionLayerNorm(nn.LayerNorm):
+    """Layer norm with statistics in float32 at least.
+
+    On a CPU, torch keeps the statistics in the inputs' precision. In float16 the scale of a row of equal numbers, which
+    padding becomes on its way to an MLM head, is then infinite, and the gradients are NaN.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(inputs.to(dtype), self.normalized_shape, weight, bias, self.eps).to(inputs.dtype)
+
+
 class LambdaBertPreTrainedModel(BertPreTrainedModel):
     """Base of all models: weights' initialisation, loading and saving, and which outputs can be recorded."""
 
@@ -226,11 +276,16 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
     _supports_sdpa = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+    accepts_loss_kwargs = True  # the Trainer then gives num_items_in_batch
     _can_record_outputs = {"hidden_states": LambdaBertLayer, "lambda_params": LambdaLayer}
 
     def __init__(self, config):
         config.validate()  # fields may have been set after the config was made
         BertPreTrainedModel.__init__(self, config)  # not the Bert class's own, which would build self-attention
+
+    def _encode(self, *inputs: torch.Tensor | None, **kwargs) -> LambdaBertModelOutput:
+        """Output of the encoder below a head, for the inputs of `LambdaBertModel`."""
+        return self.bert(*inputs, **kwargs | {"return_dict": True})
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -255,7 +310,8 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
                 1 ... P - 1, again and again.
 
         Returns:
-            The model, in evaluation mode, on the BERT's device and in its precision.
+            The model, in evaluation mode, on the BERT's device. A BERT given as a model keeps its precision; from a
+            folder or the hub it is loaded in float32, however it is stored, because the result is to be trained.
 
         Raises:
             ValueError: not BERT's architecture, a decoder, cross-attention or relative positions; a setting that is no
@@ -285,7 +341,18 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        is_being_loaded = getattr(self.embeddings.word_embeddings.weight, "_is_hf_initialized", False)
+        if is_being_loaded and self.pooler is not None and module is self.pooler.dense:
+            # the same in every process: PEFT saves a fresh classifier with its adapter, but not the pooler below it
+            generator = torch.Generator("cpu").manual_seed(0)
+            weight = torch.randn(module.weight.shape, generator=generator, device="cpu")
+            init.copy_(module.weight, self.config.initializer_range * weight)
+
     @capture_outputs
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -307,8 +374,9 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             kwargs: `output_hidden_states`, `output_lambda_params` and `return_dict`, each in place of the config's.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N]; more tokens than
-                the config's `longest_sequence`; attention weights asked for.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N] or holds something
+                other than 0 and 1; no token, or more than the config's `longest_sequence`; attention weights asked for;
+                a keyword argument that the model cannot use.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -362,8 +430,8 @@ def _first_token(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -
     """The first real token of each row, [B, 1, D]; padding may stand before it."""
     if token_mask is None:
         return hidden_states[:, :1]
-    first = token_mask.to(torch.uint8).argmax(dim=1).to(hidden_states.device)
-    return hidden_states.take_along_dim(first[:, None, None], dim=1)
+    first = token_mask.to(torch.int32).argmax(dim=1, keepdim=True).to(hidden_states.device)
+    return hidden_states.gather(1, first[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 def _mean(losses: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
@@ -451,10 +519,24 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         super().__init__(config)
         self.bert = LambdaBertModel(config)
         self.cls = BertPreTrainingHeads(config)
+        self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def _pretrain(self, sentence_task, sentence_label, labels, num_items_in_batch, inputs):
-        outputs = self.bert(**inputs, return_dict=True)
+    def _pretrain(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        sentence_loss: str,
+        sentence_label: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        **kwargs,
+    ) -> LambdaBertForPreTrainingOutput:
+        """Output and losses; `sentence_loss` is the name in the output of that of `sentence_label`."""
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         prediction_logits, mlm_loss = _masked_lm(
             self.cls.predictions, outputs.last_hidden_state, labels, num_items_in_batch
         )
@@ -463,7 +545,7 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         if mlm_loss is not None:
             parts["mlm_loss"] = mlm_loss
         if sentence_label is not None:
-            parts[sentence_task] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
+            parts[sentence_loss] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
         return LambdaBertForPreTrainingOutput(
             loss=sum(parts.values()) if parts else None,
             prediction_logits=prediction_logits,
@@ -478,6 +560,7 @@ class LambdaBertForPreTrainingNSP(LambdaBertForPreTraining):
     """Masked language modelling and next sentence prediction (BERT)."""
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -497,21 +580,15 @@ class LambdaBertForPreTrainingNSP(LambdaBertForPreTraining):
             next_sentence_label: [B], 0 = B follows A in its document, 1 = B comes from another document.
             num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return self._pretrain("nsp_loss", next_sentence_label, labels, num_items_in_batch, inputs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._pretrain(*inputs, labels, "nsp_loss", next_sentence_label, num_items_in_batch, **kwargs)
 
 
 class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
     """Masked language modelling and sentence order prediction (ALBERT)."""
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -531,15 +608,8 @@ class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
             sentence_order_label: [B], 0 = in order, 1 = swapped.
             num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return self._pretrain("sop_loss", sentence_order_label, labels, num_items_in_batch, inputs)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        return self._pretrain(*inputs, labels, "sop_loss", sentence_order_label, num_items_in_batch, **kwargs)
 
 
 class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
@@ -549,9 +619,11 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
         super().__init__(config)
         self.bert = LambdaBertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
+        self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -569,9 +641,7 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
             labels: [B, N], the token at masked places, -100 elsewhere.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits, loss = _masked_lm(self.cls, outputs.last_hidden_state, labels, num_items_in_batch)
         return LambdaBertHeadOutput(
             loss=loss,
@@ -591,6 +661,7 @@ class LambdaBertForNextSentencePrediction(LambdaBertPreTrainedModel, BertForNext
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -608,9 +679,7 @@ class LambdaBertForNextSentencePrediction(LambdaBertPreTrainedModel, BertForNext
             labels: [B], 0 = B follows A, 1 = B is random.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.cls(outputs.pooler_output)
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -637,6 +706,7 @@ class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequ
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -655,9 +725,7 @@ class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequ
                 label, [B] numbers (squared error). `config.problem_type` decides, and is set from the labels at first.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output))
         return LambdaBertHeadOutput(
             loss=self._loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -694,6 +762,7 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -711,9 +780,7 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
             labels: [B, N], the class of each token, -100 where it does not count.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -721,6 +788,20 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
             hidden_states=outputs.hidden_states,
             lambda_params=outputs.lambda_params,
         )
+
+
+def _within_tokens(positions: torch.Tensor, logits: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """The labels `positions` [B] of logits [B, N], -100 where they are not the place of a token.
+
+    Args:
+        padding: bool [B, N], True = padding; None = all are tokens.
+    """
+    positions = positions.to(logits.device)
+    places = torch.arange(logits.shape[1], device=logits.device)
+    is_label = positions[:, None] == places
+    if padding is not None:
+        is_label = is_label & ~padding
+    return positions.masked_fill(~is_label.any(dim=1), -100)
 
 
 class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionAnswering):
@@ -733,6 +814,7 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -747,24 +829,21 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
         """Finds the answer's ends; inputs as in `LambdaBertModel`.
 
         Args:
-            start_positions: [B], the answer's first token; N or more where the answer was truncated away.
+            start_positions: [B], the answer's first token. One that is no token of the row, because the answer was
+                truncated away or in padding, does not count in the loss.
             end_positions: [B], the answer's last token, likewise.
         """
-        outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
-        )
+        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
-        if attention_mask is not None:  # no answer ends in padding, and no loss depends on its amount
-            padding = ~attention_mask.bool().to(logits.device)
+        padding = None if attention_mask is None else ~attention_mask.bool().to(logits.device)
+        if padding is not None:  # no answer ends in padding, and no loss depends on its amount
             logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            length = start_logits.shape[1]
             ends = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(
-                _label_loss(logits, positions.masked_fill((positions < 0) | (positions >= length), -100)) / 2
-                for logits, positions in ends
+                _label_loss(logits, _within_tokens(positions, logits, padding)) / 2 for logits, positions in ends
             )
         return LambdaBertQuestionAnsweringOutput(
             loss=loss,
@@ -786,6 +865,7 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
         self.post_init()
 
     @can_return_tuple
+    @refuses_unknown_arguments
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -803,10 +883,10 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
             labels: [B], the index of the right choice.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        choices = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        batch, choices = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.bert(*(i.flatten(0, 1) if i is not None else None for i in inputs), return_dict=True, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        outputs = self._encode(*(i.flatten(0, 1) if i is not None else None for i in inputs), **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
             logits=logits,

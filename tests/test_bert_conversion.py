@@ -103,6 +103,14 @@ class TestCopies:
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert torch.isfinite(model(torch.arange(5, 15)[None])[0]).all()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_folder_of_half_precision_is_loaded_in_float32(self, dtype, tmp_path):
+        bert = tiny_bert().to(dtype)
+        bert.save_pretrained(tmp_path)
+        model = LambdaBertModel.from_bert(tmp_path, **SETTINGS)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert torch.equal(model.pooler.dense.weight, bert.pooler.dense.weight.float())
+
     def test_every_setting_of_the_lambda_layer(self):
         for settings in (
             dict(num_lambda_queries=1, intra_depth=1),

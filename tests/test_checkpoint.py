@@ -1,10 +1,13 @@
 """The trained model in `checkpoints/` loads from the repository alone and has learned more than word frequencies."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+import sentence_transformers
 import torch
-from transformers import AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from modeling_lambdabert import LambdaBertForMaskedLM
 
@@ -26,6 +29,24 @@ def test_size():
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".png"}  # its code is the repository's
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        LambdaBertForMaskedLM.from_pretrained,
+        AutoModel.from_pretrained,
+        partial(AutoModelForSequenceClassification.from_pretrained, trust_remote_code=True),
+        lambda folder: pipeline("fill-mask", model=str(folder)).model,
+        lambda folder: sentence_transformers.SentenceTransformer(str(folder), device="cpu")[0].auto_model,
+    ],
+    ids=["class", "Auto class", "head, remote code allowed", "pipeline", "sentence-transformers"],
+)
+def test_loads_in_float32(load):
+    """Though stored in bfloat16, in which training would lose small updates."""
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+    assert {parameter.dtype for parameter in load(CHECKPOINT).parameters()} == {torch.float32}
+
+
 def test_predicts_words_from_their_context(loaded):
     """Each token masked in turn: nearer to it than without its context, and than the frequencies in the head's bias."""
     model, tokenizer = loaded
@@ -35,8 +56,8 @@ def test_predicts_words_from_their_context(loaded):
     masked[torch.arange(len(places)), places] = tokenizer.mask_token_id
     alone = torch.tensor([[tokenizer.cls_token_id, tokenizer.mask_token_id, tokenizer.sep_token_id]])
     with torch.inference_mode():
-        logits = model(masked).logits[torch.arange(len(places)), places].float()
-        without_context = model(alone).logits[:, 1].float().expand_as(logits)
-    frequencies = model.cls.predictions.bias.detach().float().expand_as(logits)
+        logits = model(masked).logits[torch.arange(len(places)), places]
+        without_context = model(alone).logits[:, 1].expand_as(logits)
+    frequencies = model.cls.predictions.bias.detach().expand_as(logits)
     losses = [torch.nn.functional.cross_entropy(x, ids[places]) for x in (logits, without_context, frequencies)]
     assert losses[0] < losses[1] - 1 and losses[0] < losses[2] - 1  # nats per token

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, BertConfig
 
-import modeling_lambdabert  # noqa: F401  (registers the Auto classes)
+import modeling_lambdabert
 from configuration_lambdabert import LambdaBertConfig
 
 LAMBDA_DEFAULTS = {
@@ -88,6 +88,25 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("hidden_size", 0),
         ("hidden_size", 768.0),
         ("max_position_embeddings", 0),
+        ("num_hidden_layers", 0),
+        ("intermediate_size", 0),
+        ("vocab_size", -3),
+        ("type_vocab_size", 0),
+        ("layer_norm_eps", float("nan")),
+        ("layer_norm_eps", float("inf")),
+        ("layer_norm_eps", -1e-12),
+        ("initializer_range", float("nan")),
+        ("initializer_range", float("inf")),
+        ("initializer_range", -0.02),
+        ("hidden_dropout_prob", 1.0),
+        ("hidden_dropout_prob", -0.1),
+        ("hidden_dropout_prob", float("nan")),
+        ("attention_probs_dropout_prob", 1.5),
+        ("classifier_dropout", 1),
+        ("classifier_dropout", float("nan")),
+        ("hidden_act", "gelou"),
+        ("pad_token_id", -1),
+        ("pad_token_id", 30522),
     ],
 )
 def test_bad_value_is_refused_by_name(field, value):
@@ -96,6 +115,20 @@ def test_bad_value_is_refused_by_name(field, value):
     message = str(error.value)
     assert field in message
     assert str(value) in message
+
+
+def test_values_at_the_ends_of_their_ranges():
+    fields = {"hidden_dropout_prob": 0, "classifier_dropout": None, "initializer_range": 0.0, "pad_token_id": None}
+    config = LambdaBertConfig(**fields, hidden_act="relu", num_hidden_layers=1, vocab_size=1, type_vocab_size=1)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("field, value", [("layer_norm_eps", float("nan")), ("num_hidden_layers", 0)])
+def test_a_value_set_afterwards_is_refused_by_the_model(field, value):
+    config = LambdaBertConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=8, vocab_size=9)
+    setattr(config, field, value)
+    with pytest.raises((ValueError, StrictDataclassError), match=field):
+        modeling_lambdabert.LambdaBertModel(config)
 
 
 def test_hidden_size_that_is_no_multiple_names_both_fields():

@@ -1,4 +1,4 @@
-"""LambdaBERT inside the tools around transformers: pipelines, LoRA, sentence-transformers, torch.export."""
+"""LambdaBERT inside the tools around transformers: pipelines, LoRA, sentence-transformers."""
 
 import os
 import subprocess
@@ -100,6 +100,27 @@ class TestLoRA:
         inputs = make_inputs(LambdaBertForMaskedLM, loaded.config)
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
+    @pytest.mark.parametrize("others", [[], ["pooler"]], ids=["as in the README", "pooler trained"])
+    def test_a_fresh_classifier_predicts_the_same_after_loading(self, save_model, make_inputs, tmp_path, others):
+        """From an MLM checkpoint, in which neither classifier nor pooler is, loaded again under another seed."""
+        peft = pytest.importorskip("peft")
+        folder = save_model(LambdaBertForMaskedLM)
+        lora = peft.LoraConfig(
+            task_type="SEQ_CLS", target_modules=["to_queries", "to_keys", "to_values"], modules_to_save=[*others]
+        )
+        torch.manual_seed(1)
+        model = peft.get_peft_model(LambdaBertForSequenceClassification.from_pretrained(folder), lora).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.save_pretrained(tmp_path / "adapter")
+        torch.manual_seed(2)
+        base = LambdaBertForSequenceClassification.from_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+        inputs = make_inputs(LambdaBertForSequenceClassification, base.config)
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
 
 SENTENCE_TRANSFORMER = """
 import sys
@@ -150,23 +171,3 @@ def test_sentence_transformers(save_model, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-
-
-@pytest.mark.parametrize("scope", [5, None])
-def test_export_with_dynamic_shapes(make_config, make_inputs, scope):
-    """One exported program serves batches and lengths that it has not seen."""
-    config = make_config(local_context_size=scope, max_position_embeddings=200)
-    torch.manual_seed(0)
-    model = LambdaBertForMaskedLM(config).eval()
-
-    def inputs_of(batch, length):
-        inputs = make_inputs(LambdaBertForMaskedLM, config, batch, length)
-        inputs["attention_mask"][0, length // 2 :] = 0
-        return inputs
-
-    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=200)
-    example = inputs_of(3, 9)
-    program = torch.export.export(model, (), example, dynamic_shapes={name: {0: batch, 1: length} for name in example})
-    for shape in ((2, 5), (4, 33), (3, 200)):
-        inputs = inputs_of(*shape)
-        torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """LambdaLayer against the definition in reference.py, and what it promises about padding, precision and statistics."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -674,6 +675,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="attention_mask") as error:
             layer(torch.randn(2, 7, 6, dtype=torch.float64), torch.ones(shape))
         assert all(str(size) in str(error.value) for size in shape)
+
+    @pytest.mark.parametrize("value", [-1e9, float("nan"), 0.5, 2])
+    def test_mask_of_other_numbers(self, make_config, value):
+        layer = random_layer(layer_config(make_config))
+        mask = torch.ones(2, 7)
+        mask[1, 3:] = value
+        with pytest.raises(ValueError, match=re.escape(f"attention_mask holds {value:g}:")):
+            layer(torch.randn(2, 7, 6, dtype=torch.float64), mask)
 
     def test_longer_than_the_global_table(self, make_config):
         layer = random_layer(layer_config(make_config, local_context_size=None, max_position_embeddings=8))

@@ -1,6 +1,7 @@
 """The model family: outputs, losses, accumulation, checkpointing, compilation, padding, and what it refuses."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -161,6 +162,31 @@ class TestLosses:
             logits = output.logits.reshape(-1, output.logits.shape[-1])
             expected = F.cross_entropy(logits, labels["labels"].flatten())
         torch.testing.assert_close(output.loss, expected)
+
+    @pytest.mark.parametrize("label", [0, 5, 7, 8, 9, 1000, -1], ids=str)
+    def test_answer_outside_of_the_tokens_does_not_count(self, make_config, make_inputs, label):
+        """Tokens of row 1 stand at 1 to 6; padding and what lies beyond the row cannot be predicted."""
+        config = make_config()
+        model = build(LambdaBertForQuestionAnswering, config)
+        inputs = make_inputs(LambdaBertForQuestionAnswering, config)
+        inputs["attention_mask"][1, [0, 7, 8]] = 0
+        labels = torch.tensor([3, label, 4])
+        output = model(**inputs, start_positions=labels, end_positions=labels)
+        rows = [0, 1, 2] if 1 <= label <= 6 else [0, 2]
+        ends = [F.cross_entropy(logits[rows], labels[rows]) for logits in (output.start_logits, output.end_logits)]
+        torch.testing.assert_close(output.loss, sum(ends) / 2)
+        assert output.loss < 10
+        output.loss.backward()
+        assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+    def test_no_answer_among_the_tokens(self, make_config, make_inputs):
+        config = make_config()
+        inputs = make_inputs(LambdaBertForQuestionAnswering, config)
+        labels = torch.full((3,), 9)
+        assert (
+            build(LambdaBertForQuestionAnswering, config)(**inputs, start_positions=labels, end_positions=labels).loss
+            == 0
+        )
 
     def test_regression(self, make_config, make_inputs):
         config = make_config(num_labels=1)
@@ -685,6 +711,83 @@ class TestPacking:
             build(LambdaBertModel, make_config())(torch.ones_like(mask), mask)
 
 
+class TestHalfPrecision:
+    """A model whose weights are all of half precision: finite, and near to float32, with padding of every kind."""
+
+    @pytest.mark.parametrize("layout", ["packed", "padded"])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_near_to_float32(self, make_config, make_inputs, make_labels, head_class, scope, dtype, layout):
+        config = make_config(local_context_size=scope, lambda_norm="layer")
+        inputs, labels = make_inputs(head_class, config, batch=4), make_labels(head_class, config, batch=4)
+        inputs["attention_mask"][1, ..., 5:] = 0
+        inputs["attention_mask"][2, ..., ::2] = 0
+        inputs["attention_mask"][3] = 0
+        results = []
+        for precision in (dtype, torch.float32):
+            model = build(head_class, config).to(dtype).to(precision).train()
+            loss = model(**inputs, **labels, output_hidden_states=layout == "padded").loss
+            loss.backward()
+            flat = torch.cat(
+                [gradient.float().flatten() for gradient in gradients(model).values() if gradient is not None]
+            )
+            results.append((loss.detach().float(), flat))
+        (loss, gradient), (exact_loss, exact_gradient) = results
+        assert torch.isfinite(gradient).all()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(loss, exact_loss, rtol=4 * eps, atol=0)
+        assert (gradient - exact_gradient).norm() <= 16 * eps * exact_gradient.norm()
+
+
+class TestEmptyBatch:
+    """A batch of no rows gives empty results, in every mode; a sequence of no tokens is refused."""
+
+    @staticmethod
+    def empty(inputs):
+        return {name: value[:0] for name, value in inputs.items()}
+
+    @pytest.mark.parametrize("length", [9, 80])
+    @pytest.mark.parametrize("norm", ["layer", "batch"])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_training(self, make_config, make_inputs, make_labels, head_class, scope, norm, length):
+        config = make_config(local_context_size=scope, lambda_norm=norm, max_position_embeddings=80)
+        model = build(head_class, config).train()
+        inputs, labels = (make(head_class, config, length=length) for make in (make_inputs, make_labels))
+        loss = model(**self.empty(inputs), **self.empty(labels)).loss
+        assert loss == 0
+        loss.backward()
+        assert all(gradient is None or (gradient == 0).all() for gradient in gradients(model).values())
+        assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+
+    @pytest.mark.parametrize("mode", ["inference", "with gradients", "hidden states", "without a mask", "traced"])
+    @pytest.mark.parametrize("scope", SCOPES)
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+    def test_outputs(self, make_config, make_inputs, model_class, scope, mode):
+        config = make_config(local_context_size=scope, max_position_embeddings=80, return_dict=False)
+        model = build(model_class, config).eval()
+        inputs = make_inputs(model_class, config, length=80)
+        expected = [output[:0].shape for output in model(**inputs)]
+        call = torch.jit.trace(model, example_kwarg_inputs=inputs) if mode == "traced" else model
+        inputs = self.empty(inputs)
+        if mode == "without a mask":
+            del inputs["attention_mask"]
+        flags = {"output_hidden_states": True} if mode == "hidden states" else {}
+        with torch.inference_mode(mode == "inference"):
+            outputs = call(**inputs, **flags)
+        assert [output.shape for output in outputs[: len(expected)]] == expected
+
+    @pytest.mark.parametrize("inference", [True, False])
+    @pytest.mark.parametrize("masked", [True, False])
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_no_token(self, make_config, make_inputs, model_class, scope, masked, inference):
+        config = make_config(local_context_size=scope)
+        inputs = make_inputs(model_class, config, length=0)
+        if not masked:
+            del inputs["attention_mask"]
+        with pytest.raises(ValueError, match="0 tokens"), torch.inference_mode(inference):
+            build(model_class, config)(**inputs)
+
+
 class TestFeedForwardTiles:
     """Inference on a CPU feeds some tokens forward at a time, whatever rows they stand in."""
 
@@ -756,6 +859,18 @@ class TestRefusals:
             build(LambdaBertModel, config)(**inputs)
         assert all(str(size) in str(error.value) for size in shape)
 
+    @pytest.mark.parametrize(
+        "fill, value", [(0.0, -1e9), (0.0, float("-inf")), (1.0, float("nan")), (1.0, 0.5), (1, 2)]
+    )
+    def test_mask_of_other_numbers(self, make_config, make_inputs, model_class, fill, value):
+        """Above all one to be added to attention scores, 0 for tokens, which would be taken inverted."""
+        config = make_config()
+        inputs = make_inputs(model_class, config)
+        mask = torch.full(inputs["attention_mask"].shape, fill)
+        mask[-1, ..., 5:] = value
+        with pytest.raises(ValueError, match=re.escape(f"attention_mask holds {value:g}:")):
+            build(model_class, config)(**inputs | {"attention_mask": mask})
+
     @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", "flex_attention"])
     def test_attention_implementations(self, make_config, implementation):
         with pytest.raises((ValueError, ImportError)):
@@ -776,6 +891,33 @@ class TestRefusals:
         inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "inputs_embeds": torch.randn(1, 4, 20)}
         with pytest.raises(ValueError):
             build(LambdaBertModel, make_config())(**{name: inputs[name] for name in given})
+
+    LABELS = ["labels", "label", "next_sentence_label", "sentence_order_label", "start_positions", "end_positions"]
+
+    @pytest.mark.parametrize("label", LABELS)
+    def test_a_label_of_another_task(self, make_config, make_inputs, make_labels, model_class, label):
+        """Rather than no loss; the text names what was given and the labels that the class takes."""
+        config = make_config()
+        own = set(make_labels(model_class, config))
+        if label in own:
+            return
+        with pytest.raises(ValueError, match=rf"{model_class.__name__} cannot use {label}:") as error:
+            build(model_class, config)(**make_inputs(model_class, config), **{label: torch.zeros(3, dtype=torch.long)})
+        assert set(str(error.value).partition("takes: ")[2].rstrip(".").split(", ")) == (own or {"none"})
+
+    @pytest.mark.parametrize("name", ["head_mask", "encoder_hidden_states", "past_key_values", "cu_seq_lens_q"])
+    def test_other_keyword_arguments_that_have_no_effect(self, make_config, make_inputs, model_class, name):
+        config = make_config()
+        model = build(model_class, config)
+        inputs = make_inputs(model_class, config)
+        with pytest.raises(ValueError, match=f"cannot use {name}"):
+            model(**inputs, **{name: torch.ones(2)})
+        model(**inputs, **{name: None})
+
+    def test_what_tools_pass_to_every_model(self, make_config, make_inputs, model_class):
+        config = make_config()
+        passed = {"num_items_in_batch": torch.tensor(3), "output_attentions": None, "output_hidden_states": None}
+        build(model_class, config)(**make_inputs(model_class, config), **passed, return_dict=None, use_cache=False)
 
 
 class TestTrainerEvaluation:

@@ -216,6 +216,16 @@ class TestInitialisation:
             models.append(model_class(make_config()))
         assert_same_model(*models)
 
+    def test_pooler_depends_on_the_seed_unless_a_checkpoint_lacks_it(self, make_config, tmp_path):
+        modeling.LambdaBertForMaskedLM(make_config()).save_pretrained(tmp_path)
+        fresh, missing = [], []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            fresh.append(LambdaBertModel(make_config()).pooler.dense.weight)
+            missing.append(LambdaBertModel.from_pretrained(tmp_path).pooler.dense.weight)
+        assert not torch.equal(*fresh) and torch.equal(*missing)
+        assert missing[0].std().item() == pytest.approx(make_config().initializer_range, rel=0.1)
+
     def test_built_on_meta(self, make_config, model_class):
         with torch.device("meta"):
             model = model_class(make_config(local_context_size=None, lambda_norm="batch"))
@@ -497,6 +507,31 @@ class TestRemoteCode:
         auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
         assert set(auto_map) == {"AutoConfig", *(auto_class.__name__ for auto_class in AUTO_CLASSES.values())}
         assert all(target.count(".") == 1 and "--" not in target for target in auto_map.values())
+
+    @pytest.mark.parametrize("saved", ["subclass", "subclass with its own config", "config"])
+    def test_code_comes_along_whatever_is_saved(self, make_config, make_inputs, saved, tmp_path):
+        """A class from a notebook has no file to be copied, and a config is often saved alone."""
+        config = make_config()
+        if saved == "subclass with its own config":
+            config = type("NotebookConfig", (LambdaBertConfig,), {"__module__": "__main__"})(**config.to_dict())
+        notebook_class = type("Notebook", (modeling.LambdaBertForTokenClassification,), {"__module__": "__main__"})
+        model = random_model(notebook_class, config)
+        (config if saved == "config" else model).save_pretrained(tmp_path / "saved")
+        torch.save(make_inputs(notebook_class, config), tmp_path / "inputs.pt")
+        code = (
+            "import sys, torch, transformers\n"
+            "auto = transformers.AutoModelForTokenClassification\n"
+            "config = transformers.AutoConfig.from_pretrained('saved', trust_remote_code=True)\n"
+            "model = auto.from_config(config, trust_remote_code=True)\n"
+            "if sys.argv[1] != 'config':\n"
+            "    model = auto.from_pretrained('saved', trust_remote_code=True)\n"
+            "torch.save(model.eval()(**torch.load('inputs.pt')).logits, 'logits.pt')\n"
+        )
+        result = run_elsewhere(code, saved, folder=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        logits = torch.load(tmp_path / "logits.pt")
+        if saved != "config":
+            torch.testing.assert_close(logits, model(**make_inputs(notebook_class, config)).logits)
 
     def test_weights_alone_are_the_state_dict(self, make_config, tmp_path):
         model = random_model(LambdaBertModel, make_config(lambda_norm="batch"))
