@@ -1,0 +1,1 @@
+"""LambdaBERT: BERT with lambda layers in place of self-attention."""
