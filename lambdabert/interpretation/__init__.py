@@ -1,14 +1,28 @@
 """What the lambdas hold: exact maps, explanations, interventions and probes."""
 
+from .explanations import (
+    Attribution,
+    Explanation,
+    LayerContributions,
+    explain_prediction,
+    gradient_times_input,
+    integrated_gradients,
+)
 from .interventions import replace_lambdas
 from .maps import TokenShares, attention, token_shares
 from .traces import LambdaTrace, LayerTrace, trace_lambdas
 
 __all__ = [
+    "Attribution",
+    "Explanation",
+    "LayerContributions",
     "LambdaTrace",
     "LayerTrace",
     "TokenShares",
     "attention",
+    "explain_prediction",
+    "gradient_times_input",
+    "integrated_gradients",
     "replace_lambdas",
     "token_shares",
     "trace_lambdas",
