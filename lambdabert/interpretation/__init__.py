@@ -8,12 +8,14 @@ from .explanations import (
     gradient_times_input,
     integrated_gradients,
 )
+from .faithfulness import Example, faithfulness, leave_one_out, masked_examples
 from .interventions import replace_lambdas
 from .maps import TokenShares, attention, token_shares
 from .traces import LambdaTrace, LayerTrace, trace_lambdas
 
 __all__ = [
     "Attribution",
+    "Example",
     "Explanation",
     "LayerContributions",
     "LambdaTrace",
@@ -21,8 +23,11 @@ __all__ = [
     "TokenShares",
     "attention",
     "explain_prediction",
+    "faithfulness",
     "gradient_times_input",
     "integrated_gradients",
+    "leave_one_out",
+    "masked_examples",
     "replace_lambdas",
     "token_shares",
     "trace_lambdas",
