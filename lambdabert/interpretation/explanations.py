@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .models import lambda_layers
 from .predictions import Index, Prediction, gradient
@@ -62,7 +62,7 @@ class Explanation(Attribution):
 
 
 def explain_prediction(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: Mapping[str, Any],
     place: Index | None,
     token: Index | str,
@@ -114,7 +114,7 @@ def _layer_contributions(way: Branches, slopes: tuple[torch.Tensor, ...]) -> Lay
 
 
 def integrated_gradients(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: Mapping[str, Any],
     place: Index | None,
     token: Index | str,
@@ -149,7 +149,7 @@ def integrated_gradients(
 
 
 def gradient_times_input(
-    model: nn.Module, inputs: Mapping[str, Any], place: Index | None, token: Index | str
+    model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, token: Index | str
 ) -> Attribution:
     """The gradient of the logit by each word embedding times that embedding; the bias is what they leave.
 

@@ -13,8 +13,8 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .explanations import explain_prediction, gradient_times_input, integrated_gradients
 from .intervals import bootstrap_interval
@@ -40,25 +40,25 @@ class Example:
     candidates: torch.Tensor
 
 
-Method = Callable[[nn.Module, Example, int], torch.Tensor]
+Method = Callable[[PreTrainedModel, Example, int], torch.Tensor]
 
 
-def nearness(model: nn.Module, example: Example, mask_token_id: int) -> torch.Tensor:
+def nearness(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
     """[N], minus the distance to the place: what needs no model."""
     if example.place is None:
         raise ValueError("place=None: nothing is near to a prediction about the whole text; leave this method out.")
     return -(torch.arange(example.inputs["input_ids"].shape[1]) - example.place).abs().double()
 
 
-def _explanation(model: nn.Module, example: Example, mask_token_id: int) -> torch.Tensor:
+def _explanation(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
     return explain_prediction(model, example.inputs, example.place, example.token, mask_token_id).tokens[0]
 
 
-def _integrated_gradients(model: nn.Module, example: Example, mask_token_id: int) -> torch.Tensor:
+def _integrated_gradients(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
     return integrated_gradients(model, example.inputs, example.place, example.token, mask_token_id).tokens[0]
 
 
-def _gradient_times_input(model: nn.Module, example: Example, mask_token_id: int) -> torch.Tensor:
+def _gradient_times_input(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
     return gradient_times_input(model, example.inputs, example.place, example.token).tokens[0]
 
 
@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
 
 @torch.no_grad()
 def leave_one_out(
-    model: nn.Module, inputs: Mapping[str, Any], place: Index | None, token: Index | str, mask_token_id: int
+    model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, token: Index | str, mask_token_id: int
 ) -> torch.Tensor:
     """How far the logit falls when a token is replaced by [MASK], for each token.
 
@@ -110,7 +110,7 @@ def _places(token_mask: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
 
 @torch.no_grad()
-def removal(model: nn.Module, example: Example, scores: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def removal(model: PreTrainedModel, example: Example, scores: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """How far the logit falls without the candidates with the highest scores [T], one number for each fraction."""
     prediction = Prediction(model, example.inputs, example.place, example.token)
     words = prediction.embeddings(prediction.input_ids)
@@ -163,7 +163,7 @@ def masked_examples(tokenizer: Any, texts: Iterable[str], max_length: int = 128,
 
 
 def faithfulness(
-    model: nn.Module, examples: list[Example], mask_token_id: int, methods: Mapping[str, Method] | None = None
+    model: PreTrainedModel, examples: list[Example], mask_token_id: int, methods: Mapping[str, Method] | None = None
 ) -> dict[str, dict[str, Any]]:
     """How faithful methods of attribution are.
 

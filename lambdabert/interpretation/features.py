@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from einops import einsum
-from torch import nn
+from transformers import PreTrainedModel
 
-from .models import lambda_layers, project_keys
+from .models import lambda_layers, model_inputs, project_keys
 from .traces import LambdaTrace, trace_lambdas
 
 RANDOM_MODELS = 3
 
 
-def feature_rows(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+def feature_rows(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Features [S, F] of the S texts of all batches, by the row's name.
 
     Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding", and for each
@@ -30,7 +32,9 @@ def feature_rows(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: i
     Raises:
         ValueError: no batch; as in `trace_lambdas`.
     """
-    batches = list(batches)
+    learned = lambda_layers(model)
+    encoder: Any = model.base_model  # heads have no part in it
+    batches = [_in_rows(model_inputs(encoder, inputs)) for inputs in batches]
     if not batches:
         raise ValueError("batches=[]: there is no text to take features of; give one or more.")
     rows: dict[str, list[torch.Tensor]] = {}
@@ -38,26 +42,30 @@ def feature_rows(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: i
     def add(name: str, features: torch.Tensor) -> None:
         rows.setdefault(name, []).append(features.float().cpu())
 
-    key_weights = _random_keys(model, seed)
+    key_weights = _random_keys(learned, seed)
     for inputs in batches:
-        trace = trace_lambdas(model, inputs)
+        trace = trace_lambdas(encoder, inputs)
         mask = trace.token_mask
         add("majority", torch.zeros(len(mask), 1))
         add("length", mask.sum(1, keepdim=True))
-        ids = inputs["input_ids"].flatten(0, -2).to(mask.device)
-        words = torch.zeros(len(ids), model.config.vocab_size, device=mask.device)
-        add("bag of words", words.scatter_add_(1, ids, mask.float()))
+        words = torch.zeros(len(mask), encoder.config.vocab_size, device=mask.device)
+        add("bag of words", words.scatter_add_(1, inputs["input_ids"], mask.float()))
         add("mean embedding", _mean(trace.outputs.hidden_states[0], mask))
         for i, layer in enumerate(trace.layers):
             add(f"mean hidden state {i}", _mean(trace.outputs.hidden_states[i + 1], mask))
             add(f"mean value {i}", _mean(layer.values.flatten(2), mask))
-            keys = project_keys(lambda_layers(model)[i], layer.hidden_states @ key_weights[i].T, mask)
+            keys = project_keys(learned[i], layer.hidden_states @ key_weights[i].T, mask)
             add(f"random-key content lambda {i}", einsum(keys, layer.values, "b m k u, b m v u -> b k v").flatten(1))
         _add_content_lambdas(add, "", trace)
-    for number, other in enumerate(_random_models(model, seed)):
+    for number, other in enumerate(_random_models(encoder, seed)):
         for inputs in batches:
             _add_content_lambdas(add, f"random model {number}, ", trace_lambdas(other, inputs))
     return {name: torch.cat(found) for name, found in rows.items()}
+
+
+def _in_rows(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs [..., N], with the choices of a question, as [B, N]."""
+    return {name: value.flatten(0, -2) for name, value in inputs.items()}
 
 
 def _add_content_lambdas(add: Any, prefix: str, trace: LambdaTrace) -> None:
@@ -72,17 +80,17 @@ def _mean(of_tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (of_tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def _random_keys(model: nn.Module, seed: int) -> list[torch.Tensor]:
+def _random_keys(layers: list[Any], seed: int) -> list[torch.Tensor]:
     """For each layer a key projection [K U, D] of the learned one's size and standard deviation."""
     generator = torch.Generator().manual_seed(seed)
-    learned = [layer.to_keys.weight.detach() for layer in lambda_layers(model)]
+    weights = [layer.to_keys.weight.detach() for layer in layers]
     return [
-        (torch.randn(weight.shape, generator=generator) * weight.float().std().cpu()).to(weight) for weight in learned
+        (torch.randn(weight.shape, generator=generator) * weight.float().std().cpu()).to(weight) for weight in weights
     ]
 
 
-def _random_models(model: nn.Module, seed: int) -> Iterable[nn.Module]:
+def _random_models(encoder: Any, seed: int) -> Iterable[PreTrainedModel]:
     for number in range(RANDOM_MODELS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + number)
-            yield type(model)(model.config).to(device=model.device, dtype=model.dtype).eval()
+            yield type(encoder)(encoder.config).to(device=encoder.device, dtype=encoder.dtype).eval()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .models import check_layer, hooks, lambda_layers, project_queries
 from .traces import trace_lambdas
@@ -14,7 +14,7 @@ Replacement = torch.Tensor | str | Mapping[str, Any]
 
 
 @contextmanager
-def replace_lambdas(model: nn.Module, replacements: Mapping[int, Replacement]) -> Iterator[nn.Module]:
+def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replacement]) -> Iterator[PreTrainedModel]:
     """Within this context, layers of the model apply other content lambdas than their own.
 
     A content lambda has no places, so that of a text of any length fits. The position lambdas stay as they are, and so

@@ -33,13 +33,13 @@ def attention(trace: LambdaTrace, layer: int, part: str = "both") -> torch.Tenso
     if part not in PARTS:
         raise ValueError(f"part={part!r} is unknown; give one of {', '.join(PARTS)}.")
     one = trace.layers[layer]
-    content = position = 0
+    parts = []
     if part != "position":
-        content = einsum(one.queries, one.keys, "b n h k, b m k u -> b h n m u")
+        parts.append(einsum(one.queries, one.keys, "b n h k, b m k u -> b h n m u"))
     if part != "content":
         embeddings = toeplitz(one.relative_embeddings, one.queries.shape[1])
-        position = einsum(one.queries, embeddings, "b n h k, n m k u -> b h n m u")
-    return (content + position) * trace.token_mask[:, None, None, :, None]
+        parts.append(einsum(one.queries, embeddings, "b n h k, n m k u -> b h n m u"))
+    return sum(parts[1:], parts[0]) * trace.token_mask[:, None, None, :, None]
 
 
 @dataclass

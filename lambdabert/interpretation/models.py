@@ -10,9 +10,10 @@ from typing import Any, Iterator
 import torch
 from einops import rearrange
 from torch import nn
+from transformers import PreTrainedModel
 
 
-def lambda_layers(model: nn.Module) -> list[nn.Module]:
+def lambda_layers(model: PreTrainedModel) -> list[Any]:
     """The lambda layers of a LambdaBERT of any class, first layer first.
 
     Raises:
@@ -39,7 +40,7 @@ def check_layer(layer: int, count: int) -> None:
         raise ValueError(f"layer={layer!r}: the model has {count} lambda layers; give one of 0 ... {count - 1}.")
 
 
-def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """A tokenizer's output as the model's arguments, on its device, with a mask; labels are left out.
 
     Raises:
@@ -62,19 +63,19 @@ def layer_mask(arguments: tuple, keywords: dict[str, Any]) -> torch.Tensor | Non
     return arguments[1] if len(arguments) > 1 else keywords.get("attention_mask")
 
 
-def normalise(norm: nn.Module, channels: torch.Tensor) -> torch.Tensor:
+def normalise(norm: Any, channels: torch.Tensor) -> torch.Tensor:
     """A lambda layer's norm of queries or values [..., C] in evaluation mode, in which it sees one token at a time."""
     # the paper's batch norm takes a mask for its statistics
     return norm(channels, None) if isinstance(norm, nn.BatchNorm1d) else norm(channels)
 
 
-def project_queries(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def project_queries(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Queries [..., H, K] of hidden states [..., D]."""
     queries = normalise(layer.query_norm, layer.to_queries(hidden_states)).to(hidden_states.dtype)
     return rearrange(queries, "... (h k) -> ... h k", h=layer.num_queries)
 
 
-def project_keys(layer: nn.Module, logits: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+def project_keys(layer: Any, logits: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Keys [B, M, K, U], each channel a distribution over the places, of the softmax's logits [B, M, K U]."""
     softmax_dtype = torch.promote_types(logits.dtype, torch.float32)
     if token_mask is not None:
@@ -84,7 +85,7 @@ def project_keys(layer: nn.Module, logits: torch.Tensor, token_mask: torch.Tenso
     return rearrange(keys, "b m (k u) -> b m k u", u=layer.intra_depth)
 
 
-def project_values(layer: nn.Module, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+def project_values(layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Values [B, M, V, U] of hidden states [B, M, D], zero at padding."""
     values = normalise(layer.value_norm, layer.to_values(hidden_states)).to(hidden_states.dtype)
     if token_mask is not None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from .models import hooks, lambda_layers, model_inputs
 
@@ -26,7 +26,7 @@ class Prediction:
             range; a place of padding.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], place: Index | None, token: Index | str):
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, token: Index | str):
         lambda_layers(model)
         self.model = model
         self.inputs = model_inputs(model, inputs)
@@ -38,7 +38,8 @@ class Prediction:
 
     def embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Word embeddings [..., D] of ids."""
-        return nn.functional.embedding(input_ids, self.model.get_input_embeddings().weight).detach()
+        table: Any = self.model.get_input_embeddings()
+        return table.weight.detach()[input_ids]
 
     def mask_embedding(self, mask_token_id: int | None) -> torch.Tensor:
         """The word embedding [D] of [MASK], by default the token at `place` of a masked language model.
@@ -106,7 +107,7 @@ class Prediction:
             if self.token not in ("start", "end"):
                 raise ValueError(f'token={self.token!r}: an answer has a start and an end; give "start" or "end".')
             logits = torch.stack([outputs.start_logits, outputs.end_logits], -1)[here]
-            token = ("start", "end").index(self.token)
+            token: Index = ("start", "end").index(self.token)
         else:
             if isinstance(self.token, str):
                 raise ValueError(f"token={self.token!r} is no index: give a token's or class's number.")

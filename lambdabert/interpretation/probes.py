@@ -228,7 +228,7 @@ def _fit(table: Any, classes: np.ndarray, strength: float, dimension: int | None
     steps = [StandardScaler(with_mean=not is_sparse)]
     if dimension is not None and dimension < min(table.shape):
         steps.append(PCA(dimension, svd_solver="arpack" if is_sparse else "auto", random_state=0))
-    steps.append(LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3))
+    steps.append(LogisticRegression(C=strength, max_iter=ITERATIONS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # at weak penalties, the rest would change no prediction
         return make_pipeline(*steps).fit(table, classes)

@@ -16,13 +16,14 @@ A pair is a tensor [2R, ...]: R rows of the input, then the same rows of the ref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from einops import einsum, rearrange
 from torch import nn
+from transformers import PreTrainedModel
 
-from .models import hooks, lambda_layers, layer_mask, toeplitz
+from .models import hooks, lambda_layers, layer_mask, normalise, toeplitz
 
 ACTIVATIONS = ("intermediate_act_fn", "transform_act_fn", "activation")  # feed-forward, MLM head, pooler
 
@@ -82,12 +83,10 @@ def product(first: torch.Tensor, second: torch.Tensor, pattern: str) -> torch.Te
     return with_line(einsum(first.detach(), second.detach(), pattern), line)
 
 
-def norm(module: nn.Module, pair: torch.Tensor) -> torch.Tensor:
+def norm(module: Any, pair: torch.Tensor) -> torch.Tensor:
     """A layer norm or RMS norm of [2R, ..., C]; other norms of evaluation mode are linear."""
-    if isinstance(module, nn.BatchNorm1d):
-        return module.forward(pair, None)
     if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return module.forward(pair)
+        return normalise(module, pair)
     centred = pair - pair.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else pair
     eps = torch.finfo(pair.dtype).eps if module.eps is None else module.eps
     square = (2 * middle(centred) * centred).mean(-1, keepdim=True)
@@ -110,7 +109,7 @@ def softmax(pair: torch.Tensor) -> torch.Tensor:
 
 
 def lambda_output(
-    layer: nn.Module, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
+    layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, Branches]:
     """A lambda layer's output [2B, N, D] and the branches that lead to it.
 
@@ -140,7 +139,7 @@ def lambda_output(
 
 
 @contextmanager
-def secants(model: nn.Module) -> Iterator[dict[nn.Module, Branches]]:
+def secants(model: PreTrainedModel) -> Iterator[dict[Any, Branches]]:
     """Within this context, a backward pass of the model takes secants between the two halves of its batch.
 
     The values stay those of the model. It must be run with `output_hidden_states=True`, which keeps the batch's layout.
@@ -151,7 +150,7 @@ def secants(model: nn.Module) -> Iterator[dict[nn.Module, Branches]]:
     Yields:
         The branches of every lambda layer, filled by the forward pass.
     """
-    branches: dict[nn.Module, Branches] = {}
+    branches: dict[Any, Branches] = {}
     layers = lambda_layers(model)
     within = {id(module) for layer in layers for module in layer.modules()}
 

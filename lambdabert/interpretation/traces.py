@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import nn
+from transformers import PreTrainedModel
 
 from .models import hooks, lambda_layers, layer_mask, model_inputs, project_keys, project_queries, project_values
 
@@ -50,7 +50,7 @@ class LambdaTrace:
 
 
 @torch.no_grad()
-def trace_lambdas(model: nn.Module, inputs: Mapping[str, Any]) -> LambdaTrace:
+def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTrace:
     """Runs a model and records its lambda layers (section 3 of the paper).
 
     The padding of the batch is computed like tokens meanwhile, so every tensor has the layout of the inputs.
@@ -64,7 +64,7 @@ def trace_lambdas(model: nn.Module, inputs: Mapping[str, Any]) -> LambdaTrace:
     """
     layers = lambda_layers(model)
     arguments = model_inputs(model, inputs)
-    traces: dict[nn.Module, LayerTrace] = {}
+    traces: dict[Any, LayerTrace] = {}
 
     def record(layer, positional, keywords, output):
         hidden_states = positional[0]
