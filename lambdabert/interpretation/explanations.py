@@ -11,8 +11,9 @@ from .models import lambda_layers
 from .predictions import Index, Prediction, gradient
 from .secants import Branches, secants
 
-# how far the reference goes from each word to [MASK]: with less, ranks are nearer to leave-one-out (Spearman 0.76 at 0.3
-# and 0.60 at 1 on checkpoints/wikipedia-small), with more, the falls of removing many tokens together
+# how far the reference goes from each word to [MASK]. On checkpoints/wikipedia-small, less ranks tokens as
+# leave-one-out does (Spearman 0.76 at 0.3, 0.73 at 0.5, 0.60 at 1), and more finds the tokens that
+# matter when removed together.
 FADING = 0.5
 STEPS_AT_ONCE = 10  # of integrated gradients, in one batch
 
