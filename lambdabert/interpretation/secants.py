@@ -1,0 +1,171 @@
+"""Rules that write the change of a model's output between two inputs as a linear function of what changed.
+
+Every operation of the model gets a straight line through its two values, in place of the tangent that a gradient takes:
+
+    elementwise f       f(a) - f(b) = (f(a) - f(b)) / (a - b) * (a - b)
+    product a b         a b - a' b' = (a + a') / 2 * (b - b') + (b + b') / 2 * (a - a')
+    norm, softmax       composed of those; batch norm in evaluation mode and what is linear anyway stay as they are
+
+The lines are exact, so their composition is: by the chain rule, a backward pass through them gives coefficients whose
+product with the change of the input is the change of the output, to rounding. (Rules of this kind, for other networks:
+Shrikumar et al., "Learning Important Features Through Propagating Activation Differences", arXiv 1704.02685.)
+
+A pair is a tensor [2R, ...]: R rows of the input, then the same rows of the reference.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import torch
+from einops import einsum, rearrange
+from torch import nn
+from transformers import PreTrainedModel
+
+from .models import hooks, lambda_layers, layer_mask, normalise, toeplitz
+
+ACTIVATIONS = ("intermediate_act_fn", "transform_act_fn", "activation")  # feed-forward, MLM head, pooler
+
+
+@dataclass
+class Branches:
+    """What enters a lambda layer's output by different ways, as pairs within the graph.
+
+    hidden_states: the layer's input, [2B, N, D], which the residual takes as well.
+    queries: [2B, N, H, K]
+    key_logits: [2B, M, K U]
+    content_values, position_values: the values [2B, M, V, U] that the content and the position lambda take.
+    """
+
+    hidden_states: torch.Tensor
+    queries: torch.Tensor
+    key_logits: torch.Tensor
+    content_values: torch.Tensor
+    position_values: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.hidden_states, self.queries, self.key_logits, self.content_values, self.position_values
+
+
+def with_line(value: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
+    """The value, bit by bit, with the gradient of the line."""
+    return value.detach() + (line - line.detach())
+
+
+def _both(half: torch.Tensor) -> torch.Tensor:
+    return torch.cat([half, half])
+
+
+def middle(pair: torch.Tensor) -> torch.Tensor:
+    """The mean of the two, as a pair of constants."""
+    first, second = pair.detach().chunk(2)
+    return _both((first + second) / 2)
+
+
+def elementwise(function: Callable[[torch.Tensor], torch.Tensor], pair: torch.Tensor) -> torch.Tensor:
+    """function(pair) with its secant; its tangent in the middle where the two are too close to be told apart."""
+    value = function(pair).detach()
+    change = pair.detach()[: len(pair) // 2] - pair.detach()[len(pair) // 2 :]
+    difference = value[: len(value) // 2] - value[len(value) // 2 :]
+    centre = middle(pair)[: len(pair) // 2].requires_grad_()
+    with torch.enable_grad():
+        (tangent,) = torch.autograd.grad(function(centre).sum(), centre)
+    # a quotient loses eps / |change| of its digits, a tangent in the middle change^2
+    apart = change.abs() > torch.finfo(pair.dtype).eps ** 0.25
+    slope = torch.where(apart, difference / torch.where(apart, change, 1), tangent)
+    return with_line(value, _both(slope) * pair)
+
+
+def product(first: torch.Tensor, second: torch.Tensor, pattern: str) -> torch.Tensor:
+    """einsum(first, second, pattern) of two pairs."""
+    line = einsum(first, middle(second), pattern) + einsum(middle(first), second, pattern)
+    return with_line(einsum(first.detach(), second.detach(), pattern), line)
+
+
+def norm(module: Any, pair: torch.Tensor) -> torch.Tensor:
+    """A layer norm or RMS norm of [2R, ..., C]; other norms of evaluation mode are linear."""
+    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return normalise(module, pair)
+    centred = pair - pair.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else pair
+    eps = torch.finfo(pair.dtype).eps if module.eps is None else module.eps
+    square = (2 * middle(centred) * centred).mean(-1, keepdim=True)
+    first, second = (centred.detach().square().mean(-1, keepdim=True) + eps).sqrt().chunk(2)
+    # the secant of 1 / sqrt, without a quotient of small numbers
+    slope = _both(-1 / (first * second * (first + second)))
+    line = _both((1 / first + 1 / second) / 2) * centred + middle(centred) * slope * square
+    return with_line(module.forward(pair), line * module.weight)
+
+
+def softmax(pair: torch.Tensor) -> torch.Tensor:
+    """Softmax over axis 1 of [2R, M, C]."""
+    highest = pair.detach().amax(1, keepdim=True).unflatten(0, (2, -1)).amax(0)
+    powers = elementwise(torch.exp, pair - _both(highest))
+    total = powers.sum(1, keepdim=True)
+    first, second = total.detach().chunk(2)
+    inverse = with_line(1 / total, _both(-1 / (first * second)) * total)
+    line = powers * middle(inverse) + middle(powers) * inverse
+    return with_line(pair.softmax(1), line)
+
+
+def lambda_output(
+    layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, Branches]:
+    """A lambda layer's output [2B, N, D] and the branches that lead to it.
+
+    Args:
+        layer: the lambda layer.
+        hidden_states: pair, [2B, N, D].
+        token_mask: [2B, N], or None.
+    """
+    queries = norm(layer.query_norm, layer.to_queries(hidden_states))
+    queries = rearrange(queries, "b n (h k) -> b n h k", h=layer.num_queries)
+    key_logits = masked_logits = layer.to_keys(hidden_states)
+    values = norm(layer.value_norm, layer.to_values(hidden_states))
+    if token_mask is not None:
+        padding = ~token_mask.bool()[..., None]
+        masked_logits = key_logits.masked_fill(padding, torch.finfo(key_logits.dtype).min)
+        values = values.masked_fill(padding, 0)
+    keys = rearrange(softmax(masked_logits), "b m (k u) -> b m k u", u=layer.intra_depth)
+    values = rearrange(values, "b m (v u) -> b m v u", u=layer.intra_depth)
+    content_values, position_values = values.view_as(values), values.view_as(values)
+
+    content = product(keys, content_values, "b m k u, b m v u -> b k v")
+    embeddings = toeplitz(layer.relative_embeddings, hidden_states.shape[1])
+    position = einsum(embeddings, position_values, "n m k u, b m v u -> b n k v")
+    outputs = product(queries, content[:, None] + position, "b n h k, b n k v -> b n h v")
+    branches = Branches(hidden_states, queries, key_logits, content_values, position_values)
+    return rearrange(outputs, "b n h v -> b n (h v)"), branches
+
+
+@contextmanager
+def secants(model: PreTrainedModel) -> Iterator[dict[Any, Branches]]:
+    """Within this context, a backward pass of the model takes secants between the two halves of its batch.
+
+    The values stay those of the model. It must be run with `output_hidden_states=True`, which keeps the batch's layout.
+
+    Args:
+        model: a LambdaBERT of any class, in evaluation mode.
+
+    Yields:
+        The branches of every lambda layer, filled by the forward pass.
+    """
+    branches: dict[Any, Branches] = {}
+    layers = lambda_layers(model)
+    within = {id(module) for layer in layers for module in layer.modules()}
+
+    def lambda_hook(layer, positional, keywords, output):
+        line, branches[layer] = lambda_output(layer, positional[0], layer_mask(positional, keywords))
+        return with_line(output[0], line), output[1]
+
+    handles = [layer.register_forward_hook(lambda_hook, with_kwargs=True) for layer in layers]
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm) and id(module) not in within:
+            handles.append(module.register_forward_hook(lambda module, inputs, _: norm(module, inputs[0])))
+        for name in ACTIVATIONS:
+            if isinstance(activation := getattr(module, name, None), nn.Module):
+                handles.append(
+                    activation.register_forward_hook(lambda module, inputs, _: elementwise(module.forward, inputs[0]))
+                )
+    with hooks(handles):
+        yield branches

@@ -1,0 +1,178 @@
+"""Probes on labels that features hold, do not hold, or cannot hold; features against the traces."""
+
+import builtins
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lambdabert.interpretation import difference, feature_rows, is_encoded, probe, trace_lambdas
+
+
+@pytest.fixture
+def separable():
+    """Features whose first column is the label, and noise."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 200)
+    features = generator.normal(size=(200, 6))
+    features[:, 0] += 4 * labels
+    return features, np.array(["no", "yes"])[labels]
+
+
+class TestProbe:
+    def test_reads_what_is_there(self, separable):
+        features, labels = separable
+        found = probe(features, labels)
+        low, high = found.interval
+        assert found.accuracy > 0.9 and low <= found.accuracy <= high and len(found.accuracies) == 3
+        assert math.isclose(found.uniform_codelength, 120) and found.codelength < 60
+        assert found.majority < 0.7 and found.dimension == 6
+        assert found.control_accuracy is None and found.selectivity is None
+
+    def test_reads_nothing_from_noise(self, separable):
+        features, labels = separable
+        found = probe(features[:, 1:], labels)
+        assert abs(found.accuracy - 0.5) < 0.12
+        assert found.codelength > 0.9 * found.uniform_codelength
+
+    def test_an_empty_feature_gives_the_majority(self):
+        labels = np.array([0, 1, 1] * 50)
+        found = probe(np.zeros((150, 1)), labels)
+        assert found.accuracy == found.majority > 0.5
+
+    def test_chosen_splits(self, separable):
+        features, labels = separable
+        splits = np.array(["train"] * 120 + ["dev"] * 30 + ["test"] * 50)
+        features[splits == "test", 0] *= -1  # only a probe that sees no test example is wrong there
+        found = probe(features, labels, splits=splits)
+        assert found.correct.numel() == 3 * 50 and found.clusters.unique().tolist() == list(range(150, 200))
+        assert found.accuracy < 0.6
+
+    def test_strength_is_chosen_on_dev(self):
+        generator = np.random.default_rng(0)
+        labels = generator.integers(0, 2, 90)
+        features = generator.normal(size=(90, 300))  # train can be learnt by heart
+        features[:, 0] += 1.5 * labels
+        splits = np.array(["train"] * 30 + ["dev"] * 30 + ["test"] * 30)
+        chosen = probe(features, labels, splits=splits).strength
+        flipped = np.where(splits == "dev", 1 - labels, labels)
+        assert probe(features, flipped, splits=splits).strength != chosen
+
+    def test_groups_stay_together(self):
+        generator = np.random.default_rng(0)
+        groups = np.repeat(np.arange(40), 5)
+        labels = np.repeat(generator.integers(0, 2, 40), 5)
+        names = np.eye(40)[groups]  # tells the group and nothing else
+        found = probe(names, labels, groups=groups)
+        assert abs(found.accuracy - 0.5) < 0.25  # members in train would give all away
+        assert found.control_accuracy > 0.95 and found.selectivity < -0.4
+
+    def test_sparse_features_are_read_as_dense_ones(self, separable, monkeypatch):
+        features, labels = separable
+        features = np.hstack([np.round(features), np.zeros((200, 200))]).clip(0)
+        sparse = probe(features, labels)
+        monkeypatch.setattr("lambdabert.interpretation.probes.SPARSE", 0)
+        dense = probe(features, labels)
+        assert torch.equal(sparse.correct, dense.correct)
+        assert math.isclose(sparse.codelength, dense.codelength, rel_tol=1e-2)
+
+    def test_fewer_dimensions(self, separable):
+        features, labels = separable
+        found = probe(features, labels, dimension=2)
+        assert found.dimension == 2 and probe(features, labels, dimension=20).dimension == 6
+
+    def test_differences(self, separable):
+        features, labels = separable
+        full, noise, none = (probe(f, labels) for f in (features, features[:, 1:], np.zeros((200, 1))))
+        mean, (low, high) = difference(full, noise)
+        assert math.isclose(mean, full.accuracy - noise.accuracy, abs_tol=1e-9) and 0.2 < low <= mean <= high
+        assert is_encoded(full, noise, [none, none]) and not is_encoded(full, full, [none])
+        assert not is_encoded(noise, none, [full])
+
+
+def test_word_order_is_beyond_the_first_content_lambda(make_model):
+    model = make_model(position_embedding_type="none", hidden_size=40, num_lambda_queries=2, lambda_norm="none")
+    generator = torch.Generator().manual_seed(1)
+    low, high = (torch.randint(start, start + 2, (120, 3), generator=generator) for start in (5, 30))
+    is_reversed = torch.arange(240) % 2
+    rising = torch.cat([low, high], 1)
+    ids = torch.stack([rising, rising.flip(1)], 1).flatten(0, 1)
+    batches = [{"input_ids": some} for some in ids.split(60)]
+    rows = feature_rows(model, batches)
+    pairs = torch.arange(240) // 2
+    for name in ("content lambda 0", "bag of words", "mean value 0", "random-key content lambda 0", "length"):
+        assert probe(rows[name], is_reversed, groups=pairs).accuracy == pytest.approx(0.5, abs=0.03), name
+    assert probe(rows["content lambda 1"], is_reversed, groups=pairs).accuracy > 0.6
+
+
+class TestFeatures:
+    def test_rows_are_those_of_the_traces(self, make_model, holey):
+        model = make_model().float()
+        inputs = holey(model)
+        rows = feature_rows(model, [inputs, inputs])
+        trace = trace_lambdas(model, inputs)
+        assert all(len(features) == 6 and features.isfinite().all() for features in rows.values())
+        assert rows["length"][:3, 0].tolist() == [9, 7, 6]
+        contents = [layer.content.flatten(1) for layer in trace.layers]
+        torch.testing.assert_close(rows["content lambda, all layers"][3:], torch.cat(contents, 1))
+        for i, layer in enumerate(trace.layers):
+            torch.testing.assert_close(rows[f"content lambda {i}"][:3], contents[i])
+            kept = trace.token_mask[1]
+            torch.testing.assert_close(rows[f"mean value {i}"][1], layer.values[1, kept].mean(0).flatten())
+            hidden = trace.outputs.hidden_states[i + 1][1, kept].mean(0)
+            torch.testing.assert_close(rows[f"mean hidden state {i}"][1], hidden)
+            assert not torch.allclose(rows[f"random-key content lambda {i}"][:3], contents[i])
+        ids = inputs["input_ids"][1, kept].tolist()
+        assert rows["bag of words"][1].nonzero()[:, 0].tolist() == sorted(set(ids))
+        assert rows["bag of words"][1].sum() == 7
+
+    def test_random_models_differ(self, make_model, holey):
+        model = make_model()
+        state = torch.get_rng_state()
+        rows = feature_rows(model, [holey(model)])
+        assert torch.equal(torch.get_rng_state(), state)
+        names = [f"random model {number}, content lambda, all layers" for number in range(3)]
+        assert len({rows[name].sum().item() for name in names}) == 3
+
+    def test_no_text(self, make_model):
+        with pytest.raises(ValueError, match=r"batches=\[\]"):
+            feature_rows(make_model(), [])
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"labels": ["a"] * 200}, r"labels=\['a'\]: there is one class"),
+            ({"labels": [0, 1]}, "labels has 2 entries for 200 examples"),
+            ({"groups": [*range(199), 0]}, "groups=1 has a single member, and so do 197 others.*in common"),
+            ({"groups": ["x"] * 200}, "groups='x' is the only group"),
+            ({"groups": [0, 1] * 100}, "groups: 2 are too few"),
+            ({"splits": ["train"] * 199 + ["valid"]}, "splits='valid' is unknown; give one of train, dev, test"),
+            ({"splits": ["train"] * 199 + ["test"]}, "splits: no example is in 'dev'"),
+            ({"dimension": 0}, "dimension=0"),
+            ({"features": np.full((200, 2), np.nan)}, "features has shape .*not finite"),
+        ],
+    )
+    def test_data(self, separable, arguments, message):
+        features, labels = separable
+        with pytest.raises(ValueError, match=message):
+            probe(**({"features": features, "labels": labels} | arguments))
+
+    def test_scikit_learn_is_missing(self, separable, monkeypatch):
+        def absent(name, *rest, **keywords):
+            if name.startswith("sklearn"):
+                raise ImportError(name)
+            return plain(name, *rest, **keywords)
+
+        plain = builtins.__import__
+        monkeypatch.setattr(builtins, "__import__", absent)
+        with pytest.raises(ValueError, match="^scikit-learn is not installed.*pip install scikit-learn$"):
+            probe(*separable)
+
+    def test_other_examples(self, separable):
+        features, labels = separable
+        first = probe(features, labels)
+        with pytest.raises(ValueError, match="different examples"):
+            difference(first, probe(features[:150], labels[:150]))
