@@ -32,8 +32,8 @@ from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from corpora import DocumentTexts, load_corpus
+from lambdabert.training.tokenizers import load_tokenizer
 from pretraining_data import OBJECTIVES, DataArguments, prepare_examples
-from training_run import load_tokenizer
 
 SAMPLING_INTERVAL = 0.2  # seconds
 TOKENIZING_BATCH = 64  # documents

@@ -27,9 +27,9 @@ from benchmarks.environment import environment
 from benchmarks.report import markdown_table, write_json
 from benchmarks.runs import one_line_errors
 from corpora import load_corpus
+from lambdabert.training.tokenizers import load_tokenizer
 from modeling_lambdabert import LambdaBertForMaskedLM
 from pretraining_data import DataArguments, masking_collator, prepare_examples
-from training_run import load_tokenizer
 
 SEED = 42
 

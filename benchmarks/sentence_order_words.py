@@ -23,8 +23,9 @@ from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from corpora import load_corpus
+from lambdabert.training.arguments import parse_arguments
+from lambdabert.training.tokenizers import load_tokenizer
 from pretraining_data import DataArguments, prepare_examples
-from training_run import load_tokenizer, parse_arguments
 
 
 @dataclass

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import lambdabert.training.run
 import pretraining_data
-import training_run
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.training.checkpoints import is_complete
+from lambdabert.training.trainer import PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM
-from pretraining_trainer import PretrainingTrainer
-from run_folder import is_whole
 from training_support import RECIPE, finish, start_command, start_distributed, write_recipe
 
 SHARDED_CONFIG = {
@@ -115,7 +115,7 @@ def test_loss_that_is_not_finite_in_one_process_stops_all(text, tmp_path, monkey
     assert len(errors) == 1 and "loss of step 8" in errors[0] and f"{output_dir / 'checkpoint-4'} is" in errors[0]
     assert "Traceback" not in log.read_text()
     assert [folder.name for folder in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert is_whole(output_dir / "checkpoint-4") and not (output_dir / "model.safetensors").exists()
+    assert is_complete(output_dir / "checkpoint-4") and not (output_dir / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
         return collate(self, features, *args, **kwargs)
 
     monkeypatch.setattr(pretraining_data.MaskingCollator, "__call__", record)
-    monkeypatch.setattr(training_run, "rehearse", lambda run: None)  # it has examples of its own
+    monkeypatch.setattr(lambdabert.training.run, "rehearse", lambda *args: None)  # it has examples of its own
     run(
         text,
         tmp_path / "run",
