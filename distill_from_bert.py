@@ -5,47 +5,43 @@
 
 Without `do_train` and `do_eval`, it trains and evaluates. Options come from `TeacherArguments`,
 `DistillationDataArguments` and the Trainer's arguments; a JSON file of them may come first, and flags after it win. The
-same command started again goes on from the last whole checkpoint of `output_dir`.
+same command started again resumes from the last complete checkpoint of `output_dir`.
 """
 
-import hashlib
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-import torch
-import transformers
+from datasets import Dataset
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel, SchedulerType, set_seed
+from transformers import BertConfig, BertModel, SchedulerType, TrainerState, set_seed
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-from transformers.utils import cached_file
 
 import modeling_lambdabert
-from bert_conversion import check_bert, converted_config
+from bert_conversion import converted_config
 from configuration_lambdabert import LambdaBertConfig
-from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
+from lambdabert.distillation.loading import STUDENTS, load_teacher, weights_hash
+from lambdabert.distillation.stages import steps_of_first_stage
+from lambdabert.distillation.teacher import LossWeights, Teacher
+from lambdabert.distillation.trainer import DistillationTrainer
 from lambdabert.text.arguments import TextArguments
 from lambdabert.text.examples import ExampleRecipe
-from lambdabert.text.masks import masking_collator
+from lambdabert.text.masks import MaskingCollator, masking_collator
 from lambdabert.text.objectives import MLM, SENTENCES, Objective
 from lambdabert.text.tokenizers import check_tokenizer
-from pretraining_trainer import non_finite_weights
-from rehearsal import TINY_SHAPE, check_memory
-from run_folder import CheckpointError, read_record
-from run_settings import run_settings
-from training_options import RunArguments, parse_overrides
-from training_report import plot_curves, quoted, write_report
-from training_run import TrainingRun, load_tokenizer, note_precision, run_command
+from lambdabert.training.arguments import RunArguments
+from lambdabert.training.checkpoints import CheckpointError
+from lambdabert.training.command import run_command
+from lambdabert.training.memory import check_memory
+from lambdabert.training.output_folder import read_record
+from lambdabert.training.recipes import parse_overrides
+from lambdabert.training.rehearsal import TINY_SHAPE
+from lambdabert.training.report import describe_data, describe_recipe, plot_curves, quoted, read_template
+from lambdabert.training.run import Documents, TrainingRun
+from lambdabert.training.trainer import InterruptibleTrainer
 
-STUDENTS = {
-    "BertModel": "LambdaBertModel",
-    "BertForPreTraining": "LambdaBertForPreTrainingNSP",
-    "BertForMaskedLM": "LambdaBertForMaskedLM",
-    "BertForNextSentencePrediction": "LambdaBertForNextSentencePrediction",
-    "BertForSequenceClassification": "LambdaBertForSequenceClassification",
-    "BertForTokenClassification": "LambdaBertForTokenClassification",
-    "BertForQuestionAnswering": "LambdaBertForQuestionAnswering",
-}
+TEMPLATES = "lambdabert.distillation"
 TASKS = {
     "LambdaBertForSequenceClassification": "text-classification",
     "LambdaBertForTokenClassification": "token-classification",
@@ -53,61 +49,6 @@ TASKS = {
 EXAMPLES = ("sentences", "stretches")
 MASKING_OPTIONS = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "whole_word_mask")
 UNPLANNED_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-LARGEST_VOCABULARY_PADDING = 128  # tables are rounded up, to a multiple of this at most
-
-MODEL_CARD = """\
----
-library_name: {library}
-tags:
-- lambdabert
-- {library}
----
-
-# {name}
-
-{teacher} without self-attention: a [LambdaBERT](https://arxiv.org/abs/2102.08602), in which lambda layers take
-attention's place, converted and taught to compute what that model computes.
-
-## Use
-
-The folder carries its own code:
-
-```python
-{use}
-```
-
-## Data
-
-{data}
-
-## Recipe
-
-{recipe}
-
-Losses: {losses}.
-
-## Metrics
-
-{metrics}
-
-![Distillation loss over steps and time](training_curves.png)
-"""
-USE_SENTENCES = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer({folder}, trust_remote_code=True)
-vectors = model.encode(["Is attention really all you need?", "Do we need anything but attention?"])"""
-USE_CLASSIFIER = """\
-from transformers import pipeline
-
-classify = pipeline("{task}", model={folder}, trust_remote_code=True)
-classify("Is attention really all you need?")"""
-USE_MODEL = """\
-from transformers import {auto_class}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
-model = {auto_class}.from_pretrained({folder}, trust_remote_code=True)
-outputs = model(**tokenizer("Is attention really all you need?", return_tensors="pt"))"""
 
 
 @dataclass
@@ -142,11 +83,11 @@ class TeacherArguments:
         default=None, metadata={"help": "Weight of the loss of class logits; 1 where the teacher classifies."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.teacher is None:
             raise ValueError("There is no teacher: name a BERT by --teacher.")
 
-    def given_weights(self):
+    def given_weights(self) -> dict[str, float]:
         given = {loss.name: getattr(self, f"{loss.name}_weight") for loss in fields(LossWeights)}
         return {name: weight for name, weight in given.items() if weight is not None}
 
@@ -168,7 +109,7 @@ class DistillationDataArguments(TextArguments):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.examples not in (None, *EXAMPLES):
             raise ValueError(f"examples={self.examples!r} is unknown: use one of {', '.join(EXAMPLES)}.")
@@ -206,90 +147,34 @@ class DistillationArguments(RunArguments):
 ARGUMENT_GROUPS = (TeacherArguments, DistillationDataArguments, DistillationArguments)
 
 
-def has_sentence_modules(name):
-    """Whether a folder or hub name is a sentence-transformers model."""
-    quietly = ("missing_entries", "connection_errors", "gated_repo")
-    return cached_file(name, "modules.json", **{f"_raise_exceptions_for_{what}": False for what in quietly}) is not None
-
-
-def load_sentence_transformer(name):
-    """Loads a sentence-transformers model whose transformer is a BERT.
-
-    Raises:
-        ValueError: the package is missing, or the model cannot be used.
-    """
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(
-            f"teacher={name} is a sentence-transformers model: install it with `pip install sentence-transformers`."
-        ) from None
-    model = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
-    transformer = getattr(model[0], "auto_model", None)
-    if transformer is None:
-        raise ValueError(f"teacher={name} starts with a {type(model[0]).__name__}, not with a BERT.")
-    check_bert(transformer.config.to_dict(), name)
-    note_precision(f"teacher={name}", BertConfig.get_config_dict(name)[0])
-    return model
-
-
-def load_bert_and_tokenizer(name):
-    """Loads a BERT as the class that its config names, and its tokenizer.
-
-    Raises:
-        ValueError: not BERT's architecture, or no tokenizer.
-    """
-    fields, _ = BertConfig.get_config_dict(name)
-    check_bert(fields, name)
-    note_precision(f"teacher={name}", fields)
-    architecture = next(iter(fields.get("architectures") or ()), None)
-    bert_class = getattr(transformers, architecture) if architecture in STUDENTS else BertModel
-    try:
-        tokenizer = load_tokenizer(name)
-    except ValueError as error:
-        raise no_tokenizer(name) from error
-    return bert_class.from_pretrained(name, dtype=torch.float32), tokenizer
-
-
-def no_tokenizer(name):
-    return ValueError(f"teacher={name} has no tokenizer that can be read: save the one that it was trained with there.")
-
-
-def check_teachers_tokenizer(tokenizer, config, name):
-    """Refuses a tokenizer that is missing or another model's.
-
-    Raises:
-        ValueError: it holds no words, or its size is not that of the embeddings.
-    """
-    size = len(tokenizer)
-    if size == len(tokenizer.all_special_tokens):
-        raise no_tokenizer(name)
-    check_tokenizer(tokenizer)
-    if not size <= config.vocab_size < size + LARGEST_VOCABULARY_PADDING:
-        raise ValueError(
-            f"teacher={name} has vocab_size={config.vocab_size}, but its tokenizer has {size} tokens, so it is another "
-            "model's: save the one that it was trained with there."
-        )
-
-
-def weights_hash(model):
-    """Tells models of different weights apart."""
-    content = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        content.update(name.encode())
-        content.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
-    return content.hexdigest()[:16]
-
-
 class Distillation(TrainingRun):
-    """A run of the command."""
+    """A run of the command.
+
+    Attributes:
+        teacher: what is learned from.
+        weights: the losses.
+        sentence_transformer: the sentence-transformers model that the teacher is part of, or None.
+    """
 
     trainer_class = DistillationTrainer
-    label_names = ["labels"]
+    model_args: TeacherArguments
+    data_args: DistillationDataArguments
+    training_args: DistillationArguments
+    teacher: Teacher
+    weights: LossWeights
+    sentence_transformer: Any
 
-    def check_options(self):
+    @property
+    def example_recipe(self) -> ExampleRecipe:
+        return self.data_args.example_recipe()
+
+    @property
+    def label_names(self) -> list[str]:
+        return ["labels"]
+
+    def check_own_options(self) -> None:
         args = self.training_args
-        if not (args.do_train or args.dry_run):
+        if not self.trains:
             raise ValueError("do_eval evaluates what was trained: give --do_train with it.")
         if "train_sampling_strategy" in args.given:
             raise ValueError(
@@ -298,69 +183,56 @@ class Distillation(TrainingRun):
         if 0 < args.max_steps < args.attention_steps:
             raise ValueError(
                 f"attention_steps={args.attention_steps:g} exceeds max_steps={args.max_steps}, which counts both "
-                "stages: lower the one or raise the other."
+                "stages: lower the former or raise the latter."
             )
         if args.attention_steps and args.lr_scheduler_type in UNPLANNED_SCHEDULES:
             raise ValueError(
-                f"lr_scheduler_type={args.lr_scheduler_type.value} depends on the course of training and cannot be "
-                "planned for two stages: use another, such as linear, or --attention_steps 0."
+                f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value} depends on the course of training "
+                "and cannot be planned for two stages: use another, such as linear, or --attention_steps 0."
             )
         if args.attention_steps and args.learning_rate <= 0:
             raise ValueError(f"learning_rate={args.learning_rate:g} must be above 0.")
 
-    def become_tiny(self):
+    def become_tiny(self) -> None:
         bert = BertModel(BertConfig(**TINY_SHAPE, num_attention_heads=2))
         self.teacher, self.weights = Teacher(bert), LossWeights(layers=1.0)
         self.model = modeling_lambdabert.LambdaBertModel.from_bert(bert)
-        # the teacher says which losses there are to choose the best by
+        # which losses there are to choose the best by depends on the teacher
         self.training_args.metric_for_best_model = self.training_args.metric_for_best_model and "loss"
 
-    def hub_names(self):
+    def hub_names(self) -> tuple[str | None, ...]:
         return (self.model_args.teacher,)
 
-    def open_model(self):
-        name, data_args = self.model_args.teacher, self.data_args
-        self.sentence_transformer = None
-        try:
-            if has_sentence_modules(name):
-                self.sentence_transformer = load_sentence_transformer(name)
-                bert, self.tokenizer = self.sentence_transformer[0].auto_model, self.sentence_transformer.tokenizer
-            else:
-                bert, self.tokenizer = load_bert_and_tokenizer(name)
-        except ValueError:
-            raise
-        except Exception as error:  # a broken file raises whatever its reader stumbles over
-            raise ValueError(
-                f"teacher={name} cannot be read ({type(error).__name__}: {error}); name a folder or a hub model."
-            ) from error
-        check_teachers_tokenizer(self.tokenizer, bert.config, name)
+    def open_model(self) -> None:
+        data_args = self.data_args
+        self.teacher, self.tokenizer, self.sentence_transformer = load_teacher(str(self.model_args.teacher))
         check_tokenizer(self.tokenizer, whole_word_mask=data_args.whole_word_mask)
-        self.teacher = Teacher(bert, tuple(self.sentence_transformer or ())[1:])
-        if bad := non_finite_weights(bert, *self.teacher.sentence_modules):
-            raise ValueError(f"teacher={name} has weights that are not finite ({', '.join(bad[:3])}); name another.")
         self.weights = self.loss_weights()
         if data_args.examples is None:
             data_args.examples = "stretches" if "masked_tokens" in self.weights.used else "sentences"
             data_args.check_objective(data_args.objective)
-        if data_args.max_seq_length > bert.config.max_position_embeddings:
-            raise ValueError(
-                f"max_seq_length={data_args.max_seq_length} exceeds the teacher's max_position_embeddings="
-                f"{bert.config.max_position_embeddings}: lower it; the student may be longer."
-            )
         self.check_masking()
         self.check_best_metric()
-        self.check_student(converted_config(bert.config, LambdaBertConfig, self.student_settings()))
+        self.check_student()
 
-    def check_student(self, config: LambdaBertConfig):
-        length = self.data_args.max_seq_length
+    def check_student(self) -> None:
+        """Refuses settings that make no student, or one too small for the examples. Raises ValueError."""
+        bert, length = self.teacher.model, self.data_args.max_seq_length
+        if length > bert.config.max_position_embeddings:
+            raise ValueError(
+                f"max_seq_length={length} exceeds the teacher's max_position_embeddings="
+                f"{bert.config.max_position_embeddings}: lower it; the student may be longer."
+            )
+        config = converted_config(bert.config, LambdaBertConfig, self.student_settings())
         if config.longest_sequence is not None and length > config.longest_sequence:
             raise ValueError(
                 f"max_seq_length={length} exceeds the student's max_position_embeddings={config.longest_sequence}: "
-                "lower the one or raise the other."
+                "lower the former or raise the latter."
             )
-        check_memory(self.student_class, config, self.training_args, length, self.teacher.model.num_parameters())
+        check_memory(self.student_class, config, self.training_args, length, bert.num_parameters())
 
-    def check_masking(self):
+    def check_masking(self) -> None:
+        """Refuses options of masking if nothing is masked. Raises ValueError."""
         given = [name for name in MASKING_OPTIONS if name in self.training_args.given]
         if given and "masked_tokens" not in self.weights.used:
             raise ValueError(
@@ -368,13 +240,15 @@ class Distillation(TrainingRun):
                 "or convert a BERT that predicts masked tokens."
             )
 
-    def check_best_metric(self):
+    def check_best_metric(self) -> None:
+        """Refuses to choose the best weights by a metric that is not evaluated. Raises ValueError."""
         metric = self.training_args.metric_for_best_model
         losses = ("loss", *self.weights.used)
         if metric is not None and metric.removeprefix("eval_") not in losses:
             raise ValueError(f"metric_for_best_model={metric} is not evaluated: use one of {', '.join(losses)}.")
 
-    def loss_weights(self):
+    def loss_weights(self) -> LossWeights:
+        """The teacher's default weights, with those given. Raises ValueError if none is left, or one is not offered."""
         given = self.model_args.given_weights()
         for name, weight in given.items():
             if weight and name not in self.teacher.offers:
@@ -388,18 +262,19 @@ class Distillation(TrainingRun):
         return weights
 
     @property
-    def student_class(self) -> type[PreTrainedModel]:
+    def student_class(self) -> type[modeling_lambdabert.LambdaBertPreTrainedModel]:
         return getattr(modeling_lambdabert, STUDENTS.get(type(self.teacher.model).__name__, "LambdaBertModel"))
 
-    def student_settings(self) -> dict:
+    def student_settings(self) -> dict[str, Any]:
+        """Fields of the student's config that the options set. Raises ValueError if they set one twice."""
         settings = parse_overrides(self.model_args.config_overrides)
         if self.model_args.max_position_embeddings is None:
             return settings
         if "max_position_embeddings" in settings:
-            raise ValueError("max_position_embeddings stands in config_overrides, too: keep one of them.")
+            raise ValueError("max_position_embeddings is set in config_overrides, too: keep one of them.")
         return {**settings, "max_position_embeddings": self.model_args.max_position_embeddings}
 
-    def make_model(self, documents):
+    def make_model(self, documents: Documents) -> None:
         set_seed(self.training_args.seed)
         self.model = self.student_class.from_bert(self.teacher.model, **self.student_settings())
         # the config keeps the dropout for fine-tuning; here the targets are exact
@@ -409,88 +284,106 @@ class Distillation(TrainingRun):
         if self.sentence_transformer is None:
             self.tokenizer.model_max_length = self.model.config.longest_sequence or VERY_LARGE_INTEGER
 
-    def start_from_text(self):
+    def start_from_text(self) -> None:
+        """Refuses a text of fewer examples than a step takes. Raises ValueError."""
         args, examples = self.training_args, self.examples.get("train")
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if hasattr(examples, "__len__") and len(examples) < step and not args.dry_run:
+        if isinstance(examples, Dataset) and len(examples) < step and not args.dry_run:
             raise ValueError(
                 f"The text makes {len(examples)} examples, fewer than the {step} of one step: give more text, or lower "
                 "per_device_train_batch_size."
             )
 
-    def describe(self):
+    def describe(self) -> dict[str, dict[str, Any]]:
         losses = {f"{name}_weight": weight for name, weight in asdict(self.weights).items()}
-        settings = run_settings(self, **losses, **{"the teacher's weights": weights_hash(self.teacher.model)})
+        settings = self.run_settings(**losses, **{"the teacher's weights": weights_hash(self.teacher.model)})
         # examples of similar length come together, a batch at a time
         settings["training"]["per_device_train_batch_size"] = self.training_args.per_device_train_batch_size
         return settings
 
-    def check_length(self, state, steps):
-        super().check_length(state, steps)
-        now, recorded = self.training_args.attention_steps, read_record(self.training_args.output_dir) or {}
+    def check_length(self, state: TrainerState) -> None:
+        super().check_length(state)
+        now, recorded = self.training_args.attention_steps, read_record(str(self.training_args.output_dir)) or {}
         before = recorded.get("training", {}).get("attention_steps", now)
-        planned, first = steps_of_first_stage(before, state.max_steps), steps_of_first_stage(now, steps)
+        planned, first = steps_of_first_stage(before, state.max_steps), self.first_stage
         if planned != first and state.global_step > min(planned, first):
             raise CheckpointError(
-                f"attention_steps={now:g} of {steps} steps makes a first stage of {first}, but that of this run has "
-                f"{planned} and {self.checkpoint} is beyond one of them: give --attention_steps {planned}."
+                f"attention_steps={now:g} of {self.steps} steps makes a first stage of {first}, but that of this run "
+                f"has {planned} and {self.checkpoint} is beyond one of them: give --attention_steps {planned}."
             )
 
-    def collator(self):
+    def check_rates(self, state: TrainerState) -> None:
+        before = self.changed_rates(state.global_step).get("attention_learning_rate")
+        if before is not None and state.global_step >= self.first_stage:
+            raise CheckpointError(
+                f"attention_learning_rate={self.training_args.attention_learning_rate:g} has no effect: the first "
+                f"stage ended at step {self.first_stage}, and {self.checkpoint} is at or beyond it; give {before:g}."
+            )
+        super().check_rates(state)
+
+    @property
+    def first_stage(self) -> int:
+        """Steps of the first stage."""
+        return steps_of_first_stage(self.training_args.attention_steps, self.steps)
+
+    def collator(self) -> MaskingCollator:
         collator = masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed)
         collator.mlm = "masked_tokens" in self.weights.used
         return collator
 
-    def trainer(self):
+    def trainer(self, **settings: Any) -> DistillationTrainer:
         args = self.training_args
         return super().trainer(
             teacher=self.teacher,
             weights=self.weights,
             attention_steps=args.attention_steps,
             attention_learning_rate=args.attention_learning_rate,
+            **settings,
         )
 
-    def save(self, trainer):
-        trainer.save_model()
+    def save_model(self, trainer: InterruptibleTrainer) -> None:
+        super().save_model(trainer)
         if self.sentence_transformer is not None and trainer.is_world_process_zero():
             self.sentence_transformer[0].model = trainer.accelerator.unwrap_model(trainer.model)
             self.sentence_transformer.save(self.training_args.output_dir, create_model_card=False)
 
-    def report(self, state, metrics):
-        folder = Path(self.training_args.output_dir)
-        teacher = Path(self.model_args.teacher)
-        write_report(
-            folder,
-            self,
-            state,
-            metrics,
-            card=MODEL_CARD,
+    def model_card(self, state: TrainerState, metrics: str) -> str:
+        name = Path(str(self.training_args.output_dir)).resolve().name
+        teacher = Path(str(self.model_args.teacher))
+        return read_template(TEMPLATES, "model_card.md").format(
+            name=name,
             library="transformers" if self.sentence_transformer is None else "sentence-transformers",
             teacher=teacher.resolve().name if teacher.exists() else self.model_args.teacher,
-            use=self.example_of_use(quoted(folder.resolve().name)),
-            losses=self.describe_losses(state.max_steps),
+            use=self.example_of_use(quoted(name)),
+            data=describe_data(self.data_args, self.summaries),
+            recipe=describe_recipe(self.data_args, self.training_args, self.model, state, self.earlier),
+            losses=self.describe_losses(),
+            metrics=metrics,
         )
-        first = self.steps_alone(state.max_steps)
-        label = "weighted sum of the losses" + (f"\n(training, first {first} steps: attention)" if first else "")
-        plot_curves(state.log_history, folder / "training_curves.png", "loss", label)
 
-    def steps_alone(self, steps):
-        return steps_of_first_stage(self.training_args.attention_steps, steps)
+    def draw_curves(self, state: TrainerState, file: Path) -> None:
+        first = f"\n(training, first {self.first_stage} steps: attention)" if self.first_stage else ""
+        plot_curves(state.log_history, file, "loss", f"weighted sum of the losses{first}")
 
-    def describe_losses(self, steps):
-        first = self.steps_alone(steps)
+    def describe_losses(self) -> str:
         losses = ", ".join(f"{name} x {weight:g}" for name, weight in self.weights.used.items())
-        return f"attention for {first} steps, then {losses}" if first else losses
+        return f"attention for {self.first_stage} steps, then {losses}" if self.first_stage else losses
 
     def example_of_use(self, folder: str) -> str:
+        """Python that uses the model saved in `folder`, a string in Python code."""
+        student = type(self.model).__name__
         if self.sentence_transformer is not None:
-            return USE_SENTENCES.format(folder=folder)
-        if "classes" in self.teacher.offers:
-            return USE_CLASSIFIER.format(folder=folder, task=TASKS[type(self.model).__name__])
-        return USE_MODEL.format(folder=folder, auto_class=self.model._auto_class)
+            template, texts = "use_sentences.md", {}
+        elif student in TASKS:
+            template, texts = "use_classifier.md", {"task": TASKS[student]}
+        else:
+            auto_map = self.model.config.auto_map
+            auto_class = next(name for name, target in auto_map.items() if target.endswith(f".{student}"))
+            template, texts = "use_model.md", {"auto_class": auto_class}
+        return read_template(TEMPLATES, template).rstrip().format(folder=folder, **texts)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     return run_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Distillation)
 

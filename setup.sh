@@ -2,6 +2,7 @@
 # ./setup.sh        makes ./env and installs what running needs
 # ./setup.sh demo   the same, then pretrains and tries a small model (minutes, no download of data)
 # ./setup.sh test   the same with the test requirements, then runs the tests
+# ./setup.sh lint   the same with ruff and mypy, then checks style and types
 # PYTHON=python3.12 ./setup.sh chooses the interpreter of a new ./env.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -23,7 +24,7 @@ install() {
 }
 
 mode=${1:-install}
-case $mode in install | demo | test) ;; *) die "unknown argument '$mode': use no argument, demo or test." ;; esac
+case $mode in install | demo | test | lint) ;; *) die "unknown argument '$mode': use no argument, demo, test or lint." ;; esac
 
 if [ ! -x env/bin/python ] || ! env/bin/python -m pip --version >/dev/null 2>&1; then
     python=${PYTHON:-python3}
@@ -40,6 +41,12 @@ demo) exec env/bin/python run_language_modeling.py configs/demo.json ;;
 test)
     install test --editable '.[test]'
     exec env/bin/python -m pytest tests
+    ;;
+lint)
+    install dev --editable '.[dev]'
+    env/bin/python -m ruff check .
+    env/bin/python -m ruff format --check .
+    exec env/bin/python -m mypy
     ;;
 esac
 echo "Installed. Next: source env/bin/activate, then see README.md."

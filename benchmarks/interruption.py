@@ -86,7 +86,7 @@ def run_interrupted(arguments: list[str], kill_at: Sequence[int], output_dir: Pa
             finish(process, log)
         else:
             killed.append(kill_when(process, log, step))
-        went_on += map(int, re.findall(r"Going on from \S+, step (\d+)", text_of(log)))
+        went_on += map(int, re.findall(r"Resuming from \S+, step (\d+)", text_of(log)))
     return killed, went_on
 
 

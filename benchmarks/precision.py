@@ -30,8 +30,8 @@ from lambdabert.text.arguments import DataArguments
 from lambdabert.text.masks import masking_collator
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
+from lambdabert.training.tokenizers import load_tokenizer
 from modeling_lambdabert import LambdaBertForMaskedLM
-from training_run import load_tokenizer
 
 SEED = 42
 
@@ -58,7 +58,7 @@ def masked_batches(folder: Path, text: str, batch_size: int, count: int) -> Iter
     arguments = DataArguments(validation_file=[text], objective="mlm")
     rows = load_corpus(arguments, train=False)["validation"]
     examples, _ = prepare_examples(rows, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
-    collate = masking_collator(tokenizer, arguments.example_recipe(), seed=SEED)
+    collate = masking_collator(tokenizer, arguments, seed=SEED)
     for start in range(0, min(len(examples), count * batch_size), batch_size):
         yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
 

@@ -53,9 +53,10 @@ from benchmarks.runs import (
 from lambdabert.text.examples import count_tokens
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
-from run_language_modeling import Pretraining, parse_arguments, start_at_frequencies
-from training_report import LAMBDA_FIELDS
-from training_run import set_up_logging
+from lambdabert.training.command import set_up_logging
+from lambdabert.training.models import start_at_frequencies
+from lambdabert.training.report import LAMBDA_FIELDS
+from run_language_modeling import Pretraining, parse_arguments
 
 DATA_SEED = 42  # of pairs and of evaluation masks
 ARCHITECTURES = ("bert", "lambdabert")
@@ -161,6 +162,7 @@ def prepare(folder: RunFolder, name: str, learning_rate: float, seed: int, work:
         model_args, data_args, training_args = parse_arguments([write_options(options, work)])
         set_up_logging(training_args)
         pretraining = Pretraining(model_args, data_args, training_args)
+        pretraining.prepare()
     if model_args.train_tokenizer:
         pretraining.tokenizer.save_pretrained(tokenizer)
     set_seed(seed)

@@ -25,7 +25,8 @@ from benchmarks.runs import one_line_errors
 from lambdabert.text.arguments import DataArguments
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
-from training_run import load_tokenizer, parse_arguments
+from lambdabert.training.arguments import parse_arguments
+from lambdabert.training.tokenizers import load_tokenizer
 
 
 @dataclass

@@ -13,8 +13,8 @@ from benchmarks.conversion import STARTS, longer, read_pairs, spearman
 from benchmarks.environment import ROOT
 from configuration_lambdabert import LambdaBertConfig
 from distill_from_bert import ARGUMENT_GROUPS
+from lambdabert.training.arguments import parse_arguments
 from modeling_lambdabert import LambdaBertModel
-from training_run import parse_arguments
 from training_support import tiny_bert
 
 RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "conversion").glob("*.json"))

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertTokenizer
 
 import distill_from_bert
 import modeling_lambdabert
-import training_run
+from lambdabert.training import arguments
 from run_language_modeling import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,7 @@ def test_commands_of_conversion_parse(monkeypatch):
     commands = re.findall(r"python distill_from_bert\.py +(.+)", re.sub(r"\\\n", " ", text))
     assert len(commands) >= 3
     for command in commands:
-        teacher_arguments, _, training_arguments = training_run.parse_arguments(
+        teacher_arguments, _, training_arguments = arguments.parse_arguments(
             shlex.split(command.partition("`")[0]), distill_from_bert.ARGUMENT_GROUPS
         )
         assert teacher_arguments.teacher.endswith("all-MiniLM-L6-v2") and training_arguments.do_train
@@ -91,33 +91,51 @@ def test_setup_script_says_which_install_failed(tmp_path):
     assert not list((tmp_path / "env").glob("installed-*"))
 
 
-def test_installed_package_is_importable_from_anywhere(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder that `pip install .` installs into."""
     pytest.importorskip("setuptools", minversion="77")
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in [
-        *ROOT.glob("*.py"),
-        *(ROOT / name for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE")),
-    ]:
-        (source / file.name).write_bytes(file.read_bytes())
-    shutil.copytree(ROOT / "lambdabert", source / "lambdabert", ignore=shutil.ignore_patterns("__pycache__"))
-    site = tmp_path / "site"
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed") / "site"
+    for file in ROOT.iterdir():
+        if file.name in ("lambdabert", "benchmarks", "docs", "examples", "tests"):
+            shutil.copytree(file, source / file.name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        elif file.is_file():
+            shutil.copy(file, source)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", site, source], check=True, cwd=tmp_path)
+    subprocess.run([*pip, "--target", site, source], check=True, cwd=source)
+    return site
+
+
+def run_installed(site, *command):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": site}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=site.parent, env=environment)
+
+
+def files_of(folder):
+    return {file.relative_to(folder) for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+
+
+def test_installed_are_the_model_the_commands_and_the_package(site):
+    modules = {path.name for path in site.iterdir() if path.suffix == ".py" or path.is_dir()}
+    modules -= {"bin", "__pycache__", *(path.name for path in site.glob("*.dist-info"))}
+    assert modules == {"lambdabert", *(file.name for file in ROOT.glob("*.py"))}
+    assert files_of(site / "lambdabert") == files_of(ROOT / "lambdabert")
+
+
+def test_installed_package_is_importable_from_anywhere(site):
     program = (
-        "import configuration_lambdabert, lambda_layer, modeling_lambdabert\n"
-        "import distill_from_bert, run_language_modeling\n"
         "from lambdabert import LambdaBertConfig, LambdaBertModel, LambdaLayer\n"
-        "from lambdabert.text import masks, preparation, sources\n"
-        "print(modeling_lambdabert.__file__, run_language_modeling.__file__)"
+        "import lambdabert, modeling_lambdabert, run_language_modeling, sys\n"
+        "print(lambdabert.__file__, modeling_lambdabert.__file__, run_language_modeling.__file__)\n"
+        "assert 'matplotlib.pyplot' not in sys.modules, 'it may choose a back end'"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(site)},
-    )
+    done = run_installed(site, "-c", program)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(site / "modeling_lambdabert.py"), str(site / "run_language_modeling.py")]
+    places = ("lambdabert/__init__.py", "modeling_lambdabert.py", "run_language_modeling.py")
+    assert done.stdout.split() == [str(site / place) for place in places]
+
+
+@pytest.mark.parametrize("script", ["lambdabert-pretrain", "lambdabert-distill"])
+def test_console_scripts(site, script):
+    done = run_installed(site, site / "bin" / script, "--help")
+    assert done.returncode == 0 and "--learning_rate" in done.stdout, done.stderr

@@ -7,9 +7,11 @@ import random
 import socket
 import subprocess
 import sys
+import time
 import traceback
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -79,6 +81,33 @@ def write_recipe(file, **values):
     return str(file)
 
 
+def recipe_for(text, output_dir, **values):
+    """Writes the small recipe for the session's text; returns its file, which lies beside `output_dir`."""
+    return write_recipe(
+        output_dir.with_suffix(".json"),
+        output_dir=str(output_dir),
+        train_file=[str(text / "train.txt")],
+        tokenizer_name=str(text / "tokenizer"),
+        data_cache_dir=str(text / "cache"),
+        gradient_accumulation_steps=2,
+        **{"validation_file": [str(text / "valid.txt")], **values},
+    )
+
+
+def contents(folder):
+    """The bytes of each file in a folder, and when it was written."""
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
+
+
+def complaint(recipe, capfd, *flags):
+    """The one line that the pretraining command ends with."""
+    assert run_language_modeling.main([recipe, *flags]) == 1
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    return lines[0]
+
+
 def tiny_bert(bert_class=BertModel, seed=0, **fields):
     """A BERT whose every weight differs from any initialisation."""
     shape = dict(vocab_size=60, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=28)
@@ -138,13 +167,28 @@ def finish(*processes):
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
+def wait_for(file, process):
+    """Waits until a process has written a file."""
+    while not file.exists():
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), f"the run ended before it wrote {file}"
+        time.sleep(0.005)
+
+
+def assert_same_weights(one, other):
+    """Asserts that the models in two folders have the same weights, bit for bit."""
+    one, other = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
 def run_card_snippet(output_dir, scratch, then=""):
     """Runs the Python of a folder's model card beside it, without this code and with nobody to answer a question.
 
     Args:
         output_dir: the folder.
         scratch: an empty folder.
-        then: code that goes on from it.
+        then: code that continues it.
     """
     snippet = (output_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
     environment = {

@@ -1,10 +1,11 @@
 """Content lambdas put in the place of a model's own while it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any, Iterator
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .models import check_layer, hooks, lambda_layers, project_queries
@@ -46,8 +47,8 @@ def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replaceme
                 '"zero", "mean", or what the tokenizer returns for another text.'
             )
 
-    def hook(index: int):
-        def replace(layer, positional, keywords, output):
+    def hook(index: int) -> Callable[..., Any]:
+        def replace(layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
             outputs, own = output
             content = _content_lambda(contents[index], own, index)
             hidden_states = positional[0]

@@ -154,7 +154,7 @@ def secants(model: PreTrainedModel) -> Iterator[dict[Any, Branches]]:
     layers = lambda_layers(model)
     within = {id(module) for layer in layers for module in layer.modules()}
 
-    def lambda_hook(layer, positional, keywords, output):
+    def lambda_hook(layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         line, branches[layer] = lambda_output(layer, positional[0], layer_mask(positional, keywords))
         return with_line(output[0], line), output[1]
 

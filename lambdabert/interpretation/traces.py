@@ -66,7 +66,7 @@ def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTr
     arguments = model_inputs(model, inputs)
     traces: dict[Any, LayerTrace] = {}
 
-    def record(layer, positional, keywords, output):
+    def record(layer: Any, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         hidden_states = positional[0]
         token_mask = layer_mask(positional, keywords)
         queries = project_queries(layer, hidden_states)

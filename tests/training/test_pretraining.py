@@ -10,22 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import distill_from_bert
+import lambdabert.training.run
 import run_language_modeling
-import training_options
-import training_run
 from configuration_lambdabert import LambdaBertConfig
 from lambdabert.text.masks import masking_collator
+from lambdabert.training import option_rules
+from lambdabert.training.metrics import example_sums, pretraining_metrics
+from lambdabert.training.models import make_model
+from lambdabert.training.recipes import parse_overrides
+from lambdabert.training.report import plot_curves, unigram_baseline
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
-from pretraining_trainer import example_sums, pretraining_metrics
-from run_language_modeling import make_model, parse_arguments, parse_overrides
+from run_language_modeling import parse_arguments
 from text_support import SPECIAL_TOKENS
-from training_report import plot_curves, unigram_baseline
 from training_support import RECIPE, finish, run_card_snippet, start_command, write_recipe
 
 ROOT = Path(run_language_modeling.__file__).parent
@@ -47,16 +50,17 @@ def sources(text, **values):
 
 @contextmanager
 def caplog_at_debug():
-    """The records that the commands log, of any level."""
-    records = []
+    """The records that the commands log, of any level; their `log_level` ends with it."""
+    records, verbosity = [], transformers.logging.get_verbosity()
     handler = logging.Handler()
     handler.emit = records.append
-    logging.getLogger("training_run").addHandler(handler)
+    logging.getLogger("lambdabert").addHandler(handler)
     try:
         yield records
     finally:
-        logging.getLogger("training_run").removeHandler(handler)
-        logging.getLogger("training_run").setLevel(logging.INFO)
+        logging.getLogger("lambdabert").removeHandler(handler)
+        logging.getLogger("lambdabert").setLevel(logging.INFO)
+        transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +131,10 @@ def test_every_option_of_the_trainer_has_a_rule_or_works():
         for group in (*run_language_modeling.ARGUMENT_GROUPS, *distill_from_bert.ARGUMENT_GROUPS)
         for option in fields(group)
     }
-    needy = {name for _, names in training_options.NEEDS for name in names}
-    tables = (training_options.REFUSED, training_options.AT_LEAST, training_options.ABOVE, training_options.BELOW)
+    needy = {name for _, names in option_rules.NEEDS for name in names}
+    tables = (option_rules.REFUSED, option_rules.AT_LEAST, option_rules.ABOVE, option_rules.BELOW)
     assert needy.union(*tables) <= options
-    assert not needy & set(training_options.REFUSED)
+    assert not needy & set(option_rules.REFUSED)
 
 
 def test_help_tells_defaults(capsys):
@@ -206,6 +210,7 @@ def test_evaluation_is_exact_whatever_the_batch_size(finished, text):
         **sources(text, tokenizer_name=None),
     )
     pretraining = run_language_modeling.Pretraining(*parse_arguments([recipe]))
+    pretraining.prepare()
     examples = pretraining.examples["validation"]
     collate = masking_collator(pretraining.tokenizer, pretraining.data_args, seed=42)
     loss = correct = masked = tokens = pairs = 0
@@ -251,6 +256,7 @@ def test_new_model_starts_at_the_frequencies_of_the_text(text, tmp_path, streami
     values = dict(output_dir=str(tmp_path / "run"), objective="mlm", streaming=streaming)
     recipe = write_recipe(tmp_path / "recipe.json", **sources(text, **values))
     run = run_language_modeling.Pretraining(*parse_arguments([recipe]))
+    run.prepare()
     tokens = [token for example in run.examples["train"] for token in example["input_ids"]]
     words = [token for token in tokens if token not in run.tokenizer.all_special_ids]
     head = run.model.cls.predictions
@@ -435,7 +441,7 @@ class TestMistakes:
             read.append(args)
             raise AssertionError("text was read")
 
-        monkeypatch.setattr(training_run, "load_corpus", load)
+        monkeypatch.setattr(lambdabert.training.run, "load_corpus", load)
         return read
 
     def complaint(self, capfd, tmp_path, arguments):
@@ -602,7 +608,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "name, content, named",
         [
-            ("vocab.txt", bytes(range(256)), "no text"),
+            ("vocab.txt", bytes(range(256)), "not a text file"),
             ("vocab.txt", b"", "[PAD]"),
             ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nfox\n", "[MASK]"),
             ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfox\nfox\n", "'fox' twice"),
@@ -638,7 +644,7 @@ class TestMistakes:
         def broken(*args, **kwargs):
             raise KeyError("words")
 
-        monkeypatch.setattr(training_run, "load_corpus", broken)
+        monkeypatch.setattr(lambdabert.training.run, "load_corpus", broken)
         recipe = write_recipe(tmp_path / "r.json", **sources(text))
         assert "KeyError: 'words'" in self.complaint(capfd, tmp_path, [recipe])
         recipe = write_recipe(tmp_path / "r.json", log_level="debug", **sources(text))
@@ -650,7 +656,7 @@ class TestMistakes:
         def full(*args, **kwargs):
             raise OSError(errno.ENOSPC, "No space left on device", "metrics.json")
 
-        monkeypatch.setattr(run_language_modeling, "write_report", full)
+        monkeypatch.setattr(lambdabert.training.run, "write_json", full)
         recipe = write_recipe(tmp_path / "r.json", output_dir=str(tmp_path / "run"), max_steps=1, **sources(text))
         assert run_language_modeling.main([recipe]) == 1
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -1,25 +1,17 @@
-"""The options of the commands that train: read from flags and a recipe, and refused where they cannot work.
+"""Which options are refused: values out of bounds, what the Trainer offers and these commands cannot use, and options
+that would have no effect.
 
 Everything here needs the options alone: no text, no model, no network. What the Trainer makes of them is tried in
 `rehearsal`.
 """
 
-import dataclasses
-import json
-import logging
 import math
-import types
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
-import torch
-from transformers import HfArgumentParser, TrainingArguments
-
-logger = logging.getLogger(__name__)
+from lambdabert.training.recipes import OBJECTS_IN_FILES, OBJECTS_IN_TEXT, numbers, parse_overrides, read_object
 
 DEFAULT_OUTPUT_DIR = "models"
 EVALUATE_EVERY = 100  # steps, where a command is given without saying what to do
@@ -28,10 +20,6 @@ OPTIMIZERS_WITHOUT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
 OPTIMIZERS_WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 SCHEDULES_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 SCHEDULES_WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
-NAMED_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
-# a string that is not a JSON object names a file of one
-OBJECTS_IN_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
-OBJECTS_IN_TEXT = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 AT_LEAST = {
     "per_device_train_batch_size": 1,
@@ -78,10 +66,10 @@ BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": LARGEST_SEED + 1, "data_seed"
 
 REFUSED = {
     "do_predict": "there is nothing to predict; evaluate with --do_eval",
-    "resume_from_checkpoint": "the same command goes on from the last whole checkpoint of its output_dir by itself",
-    "restore_callback_states_from_checkpoint": "a run that goes on restores what it needs by itself",
+    "resume_from_checkpoint": "the same command resumes from the last complete checkpoint of its output_dir by itself",
+    "restore_callback_states_from_checkpoint": "a run that is resumed restores what it needs by itself",
     "enable_jit_checkpoint": "SIGTERM makes a checkpoint without it",
-    "save_only_model": "a run cannot go on from a checkpoint without its optimizer",
+    "save_only_model": "a run cannot be resumed from a checkpoint without its optimizer",
     "label_names": "the objective says which labels there are",
     "label_smoothing_factor": "the losses are the model's own and know no smoothing",
     "remove_unused_columns": "every column of the examples is used",
@@ -99,11 +87,11 @@ REFUSED = {
 
 
 class Need(NamedTuple):
-    """What an option needs to have an effect.
+    """What an option needs in order to have an effect.
 
     Attributes:
         met: whether all options together give it.
-        text: it, as it reads after "needs".
+        text: what it is, as the object of "needs".
     """
 
     met: Callable[[Namespace], bool]
@@ -290,197 +278,6 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
 )
 
 
-@dataclass
-class RunArguments(TrainingArguments):
-    """The Trainer's arguments, with BERT's optimisation as defaults.
-
-    Attributes:
-        given: names of all options that the command was given, by flag or recipe.
-        notes: what the log is to say about the options.
-    """
-
-    output_dir: str | None = field(
-        default=DEFAULT_OUTPUT_DIR, metadata={"help": "The folder that checkpoints, model and report are written to."}
-    )
-    learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Decay of all weights but biases and norms."})
-    warmup_steps: float = field(
-        default=0.06, metadata={"help": "Steps of rising learning rate; below 1: a share of all."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs; below 1: a share of all."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    include_num_input_tokens_seen: str = field(
-        default="non_padding",
-        metadata={
-            "help": "Which tokens the throughput counts: all, non_padding or no.",
-            "choices": ["all", "non_padding", "no"],
-        },
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether a parameter may stay unused; every objective uses all of its model."}
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Check data, tokenizer, model and memory with a single step; write nothing in output_dir."},
-    )
-    given: frozenset[str] = field(init=False, default=frozenset())
-    notes: tuple[str, ...] = field(init=False, default=())
-
-    def __post_init__(self):
-        if self.do_eval and self.eval_steps is not None and self.eval_strategy == "no":
-            self.eval_strategy = "steps"
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        super().__post_init__()
-
-
-class OneLineParser(HfArgumentParser):
-    """Reports a mistake as a `ValueError` instead of printing all options."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (--help lists all options)")
-
-
-def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Reads flags, or a JSON file followed by flags that override it.
-
-    Without `do_train` and `do_eval` among them, both are taken as given.
-
-    Args:
-        argv: what the command was given.
-        groups: the dataclasses of its options, `RunArguments` among them.
-
-    Returns:
-        One instance of each group.
-
-    Raises:
-        ValueError: unknown, impossible or contradicting options, an option without effect, or a JSON file that cannot
-            be read.
-    """
-    parser = OneLineParser(groups, allow_abbrev=False)
-    hints, defaults = {}, {}
-    for group in groups:
-        known = get_type_hints(group)
-        for option in filter(lambda option: option.init, dataclasses.fields(group)):
-            hints[option.name] = known[option.name]
-            defaults[option.name] = (
-                option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-            )
-    recipe = {}
-    if argv and argv[0].endswith(".json"):
-        choices = {action.dest: action.choices for action in parser._actions if action.choices}
-        recipe, argv = read_recipe(argv[0], hints, choices), argv[1:]
-    read = parser.parse_args(argv, Namespace(**dict.fromkeys(hints)))
-    flags = {name: value for name, value in vars(read).items() if value is not None}
-    values = {**recipe, **flags}
-    check_values(values)
-    check_refused(values, defaults)
-    taken = take_as_given(values)
-    notes = [f"Taken as given: {' '.join(f'--{name}={value}' for name, value in taken.items())}."] if taken else []
-    notes += check_effects(flags, recipe, defaults)
-    instances = []
-    for group in groups:
-        names = [option.name for option in dataclasses.fields(group) if option.init]
-        instances.append(group(**{name: value for name, value in {**values, **taken}.items() if name in names}))
-        if isinstance(instances[-1], RunArguments):
-            instances[-1].given, instances[-1].notes = frozenset(values), tuple(notes)
-    return tuple(instances)
-
-
-def read_recipe(file: str, hints: dict[str, Any], choices: dict[str, Iterable]) -> dict[str, Any]:
-    """The options of a JSON file; null stands for an option that is not given, where there is such a thing.
-
-    Args:
-        file: path of the recipe.
-        hints: the type of each option.
-        choices: the values that an option is limited to.
-
-    Raises:
-        ValueError: it cannot be read, names an option that there is not or twice, or a value is of another type.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{', '.join(twice)} stands there twice")
-        return dict(pairs)
-
-    try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object; it should map option names to values.")
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"{file} has unknown options: {', '.join(unknown)} (--help lists all options).")
-    for name, value in values.items():
-        if not fits(value, hints[name]):
-            raise ValueError(
-                f"{file}: {name} is {json.dumps(value)}, but it takes {name_type(hints[name])}; correct or drop it."
-            )
-        if name in choices and value is not None and value not in list(choices[name]):
-            raise ValueError(f"{file}: {name} is {json.dumps(value)}; use one of {', '.join(map(str, choices[name]))}.")
-    return {name: as_list(value, hints[name]) for name, value in values.items() if value is not None}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _is_list(hint: Any) -> bool:
-    return get_origin(hint) is list
-
-
-def as_list(value: Any, hint: Any) -> Any:
-    """A single string as a list, where an option takes nothing but lists."""
-    only_lists = isinstance(value, str) and str not in _alternatives(hint) and any(map(_is_list, _alternatives(hint)))
-    return [value] if only_lists else value
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a type that a dataclass names."""
-    if len(_alternatives(hint)) > 1:
-        return any(fits(value, alternative) for alternative in _alternatives(hint))
-    if hint is Any:
-        return True
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if _is_list(hint):
-        return isinstance(value, str) or (
-            isinstance(value, list) and all(fits(item, get_args(hint)[0]) for item in value)
-        )
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return value in [choice.value for choice in hint]
-    return isinstance(value, get_origin(hint) or hint)
-
-
-def name_type(hint: Any) -> str:
-    """A type as people call its JSON values."""
-    names = []
-    for alternative in _alternatives(hint):
-        if _is_list(alternative):
-            names.append("a list of strings")
-        elif (get_origin(alternative) or alternative) is dict:
-            names.append("an object")
-        else:
-            names.append(NAMED_TYPES.get(alternative, "a string"))
-    names = list(dict.fromkeys(name for name in names if name != "null"))
-    return " or ".join(names)
-
-
-def numbers(value: Any) -> Iterable[float]:
-    """All numbers within a JSON value."""
-    if isinstance(value, float):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from numbers(item)
-
-
 def check_values(values: dict[str, Any]) -> None:
     """Checks each option by itself.
 
@@ -506,46 +303,6 @@ def check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"max_steps={value} must be 1 or more, or -1 to count epochs instead.")
 
 
-def read_object(name: str, text: str) -> dict[str, Any]:
-    """The JSON object that an option holds as text or names as a file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    kind = "a JSON object or a file of one" if name in OBJECTS_IN_FILES else "a JSON object"
-    try:
-        if not text.startswith("{") and name in OBJECTS_IN_FILES:
-            text = Path(text).read_text(encoding="utf-8")
-        value = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name}={text!r} must be {kind} ({error}).") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name}={text!r} must be {kind}.")
-    return value
-
-
-def parse_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Turns "a=1,b=rms,c=None" into a dict; a value that is no JSON stays a string.
-
-    Raises:
-        ValueError: an item is no "field=value", or names a field a second time.
-    """
-    if not isinstance(overrides, str):
-        return dict(overrides or {})
-    values = {}
-    for item in filter(None, overrides.split(",")):
-        name, equals, text = (part.strip() for part in item.partition("="))
-        if not equals or not name:
-            raise ValueError(f'config_overrides: {item!r} is no "field=value"; separate several by commas.')
-        if name in values:
-            raise ValueError(f"config_overrides: {name} stands there twice; keep one.")
-        try:
-            values[name] = json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
-        except ValueError:
-            values[name] = text
-    return values
-
-
 def check_refused(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuses what the Trainer offers and these commands cannot use.
 
@@ -558,7 +315,7 @@ def check_refused(values: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def take_as_given(values: dict[str, Any]) -> dict[str, Any]:
-    """What a command does that is not told what to do, and where it writes if it is not told where."""
+    """What a command does if it is not told what to do, and where it writes if it is not told where."""
     taken: dict[str, Any] = {} if "output_dir" in values else {"output_dir": DEFAULT_OUTPUT_DIR}
     if "do_train" not in values and "do_eval" not in values:
         taken |= {"do_train": True, "do_eval": True}
@@ -567,13 +324,18 @@ def take_as_given(values: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
+def _asks_for_nothing(value: Any, default: Any) -> bool:
+    """Whether a value is that of an option without effect, such as a warm-up of 0 steps."""
+    return default is False if value is False else isinstance(value, int | float) and value == 0
+
+
 def check_effects(flags: dict[str, Any], recipe: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Refuses options that cannot take effect.
 
-    A recipe is a whole: what flags alone leave without effect in it is only told.
+    A recipe is a whole: what only the flags deprive of its effect in it is noted.
 
     Returns:
-        What the log is to tell.
+        Notes for the log.
 
     Raises:
         ValueError: an option among the flags has no effect, or one of the recipe has none even without the flags.
@@ -588,7 +350,7 @@ def check_effects(flags: dict[str, Any], recipe: dict[str, Any], defaults: dict[
     for need, names in NEEDS:
         for name in names:
             source = flags if name in flags else recipe
-            if name not in source or source[name] is False and defaults[name] is False or need.met(both):
+            if name not in source or _asks_for_nothing(source[name], defaults[name]) or need.met(both):
                 continue
             text = f"{name}={_value(source[name])} has no effect: it needs {need.text}"
             if name in flags or not need.met(alone):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import training_run
+import lambdabert.training.run
 from configuration_lambdabert import LambdaBertConfig
-from lambdabert.text import masks
+from lambdabert.text.masks import MaskingCollator
+from lambdabert.training.checkpoints import is_complete
+from lambdabert.training.trainer import PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM
-from pretraining_trainer import PretrainingTrainer
-from run_folder import is_whole
 from training_support import RECIPE, finish, start_command, start_distributed, write_recipe
 
 SHARDED_CONFIG = {
@@ -115,7 +115,7 @@ def test_loss_that_is_not_finite_in_one_process_stops_all(text, tmp_path, monkey
     assert len(errors) == 1 and "loss of step 8" in errors[0] and f"{output_dir / 'checkpoint-4'} is" in errors[0]
     assert "Traceback" not in log.read_text()
     assert [folder.name for folder in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
-    assert is_whole(output_dir / "checkpoint-4") and not (output_dir / "model.safetensors").exists()
+    assert is_complete(output_dir / "checkpoint-4") and not (output_dir / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_bf16_with_all_savings_of_memory_trains_as_float32_does(text, tmp_path):
 
 
 def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
-    collate = masks.MaskingCollator.__call__
+    collate = MaskingCollator.__call__
     seen = tmp_path / "seen"
 
     def record(self, features, *args, **kwargs):
@@ -160,8 +160,8 @@ def test_every_example_is_seen_once_an_epoch(text, tmp_path, monkeypatch):
             file.writelines(f"{feature['input_ids']}\n" for feature in features)
         return collate(self, features, *args, **kwargs)
 
-    monkeypatch.setattr(masks.MaskingCollator, "__call__", record)
-    monkeypatch.setattr(training_run, "rehearse", lambda run: None)  # it has examples of its own
+    monkeypatch.setattr(MaskingCollator, "__call__", record)
+    monkeypatch.setattr(lambdabert.training.run, "rehearse", lambda *args: None)  # it has examples of its own
     run(
         text,
         tmp_path / "run",

@@ -1,60 +1,32 @@
-"""What people see of a pretraining run: the summary at its start, and metrics, curves and model card at its end."""
+"""What people see of a run: the summary at its start, and metrics, curves and model card at its end."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from transformers import AutoTokenizer, SchedulerType, pipeline
+from matplotlib.figure import Figure
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    TrainerState,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.utils import logging as transformers_logging
 
+from lambdabert.text.arguments import TextArguments
 from lambdabert.text.examples import count_tokens
+from lambdabert.text.preparation import PreparationSummary
+from lambdabert.training.settings import with_earlier_values
 from modeling_lambdabert import LambdaBertForMaskedLM
 
-MODEL_CARD = """\
----
-library_name: transformers
-pipeline_tag: fill-mask
-tags:
-- lambdabert
-- fill-mask
----
-
-# {name}
-
-A [LambdaBERT](https://arxiv.org/abs/2102.08602) encoder: BERT with lambda layers in place of self-attention, pretrained
-by {objective}.
-
-## Use
-
-The folder carries its own code:
-
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
-
-tokenizer = AutoTokenizer.from_pretrained({folder}, trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained({folder}, trust_remote_code=True)
-print(pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)({sentence}))
-```
-
-## Data
-
-{data}
-
-## Recipe
-
-{recipe}
-
-## Metrics
-
-{metrics}
-
-![MLM loss over steps and time](training_curves.png)
-"""
+History = list[dict[str, float]]
 
 RECIPE_FIELDS = (
     "learning_rate",
@@ -89,7 +61,9 @@ CONFIG_FIELDS = (
 )
 
 
-def describe_run(model, summaries, steps, args):
+def describe_run(
+    model: PreTrainedModel, summaries: Mapping[str, PreparationSummary], steps: int, args: TrainingArguments
+) -> str:
     """The lines that a run starts with."""
     examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [f"{type(model).__name__}: {model.num_parameters():,} parameters"]
@@ -101,13 +75,18 @@ def describe_run(model, summaries, steps, args):
     return "\n".join(lines)
 
 
-def unigram_baseline(train_examples, eval_examples, tokenizer):
+def unigram_baseline(train_examples: Any, eval_examples: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """How well token frequencies alone predict the evaluation text, in nats per token.
+
+    Args:
+        train_examples: prepared training text, a stream of it, or None.
+        eval_examples: prepared evaluation text.
+        tokenizer: the tokenizer of both.
 
     Returns:
         `unigram_entropy`: entropy of the evaluation text's own frequencies, which no context-free prediction beats;
         `unigram_cross_entropy`: its cross entropy under the frequencies of the training text, each count plus one
-        (missing where the training text is streamed or not there).
+        (missing if the training text is streamed or there is none).
     """
     counts = count_tokens(eval_examples, tokenizer)
     frequencies = counts / counts.sum()
@@ -119,13 +98,15 @@ def unigram_baseline(train_examples, eval_examples, tokenizer):
     return baseline
 
 
-def curve(history, name, axis):
+def curve(history: History, name: str, axis: str) -> tuple[list[float], list[float]]:
     """Values of `axis` and of `name` in the records that have the latter."""
     records = [record for record in history if name in record]
     return [record[axis] for record in records], [record[name] for record in records]
 
 
-def plot_curves(history, file, loss="mlm_loss", label="MLM loss (nats per masked token)"):
+def plot_curves(
+    history: History, file: str | Path, loss: str = "mlm_loss", label: str = "MLM loss (nats per masked token)"
+) -> bool:
     """Draws a loss of training and validation over steps and over time; returns whether there was anything to draw."""
     names = {loss: "training", f"eval_{loss}": "validation"}
     drawn = {name: split for name, split in names.items() if curve(history, name, "step")[0]}
@@ -133,7 +114,8 @@ def plot_curves(history, file, loss="mlm_loss", label="MLM loss (nats per masked
         return False
     longest = max(record["seconds"] for record in history if "seconds" in record)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
-    figure, (over_steps, over_time) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    over_steps, over_time = figure.subplots(1, 2, sharey=True)
     for name, split in drawn.items():
         marker = "o" if name.startswith("eval") else None
         over_steps.plot(*curve(history, name, "step"), label=split, marker=marker, markersize=3)
@@ -145,18 +127,43 @@ def plot_curves(history, file, loss="mlm_loss", label="MLM loss (nats per masked
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=150)
-    plt.close(figure)
     return True
 
 
-def training_summary(history):
+def training_summary(history: History) -> dict[str, float]:
     """Steps, time and throughput of the whole run, from the Trainer's log."""
     last = {name: value for record in history for name, value in record.items()}
     names = ("step", "epoch", "seconds", "mlm_loss", "loss", "num_input_tokens_seen", "train_tokens_per_second")
     return {name: last[name] for name in names if name in last}
 
 
-def table(values):
+def metrics_report(
+    model: PreTrainedModel,
+    summaries: Mapping[str, PreparationSummary],
+    history: History,
+    metrics: Mapping[str, float],
+) -> dict[str, dict[str, Any]]:
+    """All numbers of a run, as JSON values.
+
+    Args:
+        model: what was trained or evaluated.
+        summaries: of the prepared texts.
+        history: the Trainer's log.
+        metrics: the final evaluation's.
+    """
+    return {
+        "train": training_summary(history),
+        "eval": dict(metrics),
+        "model": {"parameters": model.num_parameters()},
+        "data": {split: vars(summary) for split, summary in summaries.items()},
+    }
+
+
+def write_json(file: Path, values: Any) -> None:
+    file.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def table(values: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {value} |" for name, value in values.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
 
@@ -166,47 +173,50 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def write_report(output_dir, run, state, metrics, card=MODEL_CARD, **texts):
-    """Writes metrics.json and the model card README.md; without training, evaluation.json alone.
+def read_template(package: str, name: str) -> str:
+    """A template file that lies beside the modules of a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+def describe_data(data_args: TextArguments, summaries: Mapping[str, PreparationSummary]) -> str:
+    """The data of a model card. It may be published: files are named without their folders, and no cache."""
+    files: Sequence[str] = data_args.train_file or ()
+    source = data_args.dataset_name or data_args.corpus or ", ".join(Path(file).name for file in files)
+    return table(
+        {"source": source, **{split: replace(each, cache_directory=None) for split, each in summaries.items()}}
+    )
+
+
+def describe_recipe(
+    data_args: TextArguments,
+    training_args: TrainingArguments,
+    model: PreTrainedModel,
+    state: TrainerState,
+    earlier: Mapping[str, list[dict]],
+) -> str:
+    """The recipe of a model card: steps, the Trainer's settings and the config, with the values that some had before.
 
     Args:
-        run: a `TrainingRun`.
-        state: the `TrainerState` at the end.
-        metrics: the final evaluation's.
-        card: the model card, with places for `texts`, name, folder (the name in quotes), data, recipe and metrics.
+        data_args: how the text was prepared.
+        training_args: the Trainer's arguments.
+        model: the trained model.
+        state: the Trainer's at the end.
+        earlier: as of `settings.earlier_values`.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {
-        "train": training_summary(state.log_history),
-        "eval": metrics,
-        "model": {"parameters": run.model.num_parameters()},
-        "data": {split: vars(summary) for split, summary in run.summaries.items()},
-    }
-    name = "metrics.json" if run.training_args.do_train else "evaluation.json"
-    (folder / name).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    if not run.training_args.do_train:
-        return
-    data = run.data_args
-    # the card may be published: it names files without their folders, and no cache
-    source = data.dataset_name or data.corpus or ", ".join(Path(file).name for file in data.train_file)
-    summaries = {split: str(replace(summary, cache_directory=None)) for split, summary in run.summaries.items()}
-    settings = {name: getattr(run.training_args, name) for name in RECIPE_FIELDS}
-    settings["lr_scheduler_type"] = str(SchedulerType(settings["lr_scheduler_type"]).value)
-    config = {name: getattr(run.model.config, name) for name in CONFIG_FIELDS}
-    text = card.format(
-        name=folder.resolve().name,
-        folder=quoted(folder.resolve().name),
-        data=table({"source": source, **summaries}),
-        recipe=table({"steps": state.global_step, "max_seq_length": data.max_seq_length, **settings, **config}),
-        metrics=table({name: f"{value:.4g}" for name, value in {**report["train"], **metrics}.items()}),
-        **texts,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    settings = {name: getattr(training_args, name) for name in RECIPE_FIELDS}
+    settings["lr_scheduler_type"] = SchedulerType(settings["lr_scheduler_type"]).value
+    settings = {name: with_earlier_values(value, earlier.get(name)) for name, value in settings.items()}
+    config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
+    return table({"steps": state.global_step, "max_seq_length": data_args.max_seq_length, **settings, **config})
 
 
-def top_predictions(folder, sentence, count=5):
-    """The likeliest fillings of the mask in a sentence, by the model saved in `folder`, one a line."""
+def describe_metrics(report: Mapping[str, Mapping[str, float]]) -> str:
+    """The metrics of a model card, from `metrics_report`."""
+    return table({name: f"{value:.4g}" for name, value in {**report["train"], **report["eval"]}.items()})
+
+
+def top_predictions(folder: str, sentence: str, count: int = 5) -> str:
+    """The most likely words for the mask in a sentence, by the model saved in `folder`, one a line."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     fill = pipeline(

@@ -1,15 +1,12 @@
 """A pretraining run that is interrupted in any way goes on as if nothing had happened, or says why it cannot."""
 
 import errno
-import fnmatch
 import json
 import math
 import os
 import re
 import shutil
 import signal
-import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,67 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
 import run_language_modeling
-from run_folder import CODE_FILES, RUN_FILES, check_output_folder, is_whole, last_whole_checkpoint
-from run_settings import COMPUTING_FIELDS, EVALUATION_FIELDS, WATCHING_FIELDS
-from training_options import RunArguments
-from training_support import finish, start_command, write_recipe, write_text
-
-
-def recipe_for(text, output_dir, **values):
-    return write_recipe(
-        output_dir.with_suffix(".json"),
-        output_dir=str(output_dir),
-        train_file=[str(text / "train.txt")],
-        tokenizer_name=str(text / "tokenizer"),
-        data_cache_dir=str(text / "cache"),
-        gradient_accumulation_steps=2,
-        **{"validation_file": [str(text / "valid.txt")], **values},
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
-    """The output folder of a run that nothing interrupted; it passes through two epochs, with dropout."""
-    output_dir = tmp_path_factory.mktemp("finished") / "run"
-    log = output_dir.with_suffix(".log")
-    assert finish(start_command([recipe_for(text, output_dir)], log)) == [0], log.read_text()
-    return output_dir
-
-
-@pytest.fixture
-def after_8_of_12_steps(finished, tmp_path):
-    """A copy of that folder from before the end of the run."""
-    output_dir = tmp_path / "run"
-    output_dir.mkdir()
-    shutil.copy(finished / "run_settings.json", output_dir)
-    shutil.copytree(finished / "checkpoint-8", output_dir / "checkpoint-8")
-    return output_dir
-
-
-def contents(folder):
-    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
-
-
-def complaint(recipe, capfd, *flags):
-    """The one line that the command ends with."""
-    assert run_language_modeling.main([recipe, *flags]) == 1
-    printed = capfd.readouterr().err
-    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in printed, printed
-    return lines[0]
-
-
-def wait_for(file, process):
-    while not file.exists():
-        assert os.waitpid(process, os.WNOHANG) == (0, 0), f"the run ended before it wrote {file}"
-        time.sleep(0.005)
-
-
-def assert_same_weights(one, other):
-    one, other = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert one.keys() == other.keys()
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
+from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
+from training_support import (
+    assert_same_weights,
+    complaint,
+    contents,
+    finish,
+    recipe_for,
+    start_command,
+    wait_for,
+    write_text,
+)
 
 
 def test_killed_twice_ends_with_the_weights_of_an_uninterrupted_run(text, finished, tmp_path):
@@ -93,7 +40,7 @@ def test_killed_twice_ends_with_the_weights_of_an_uninterrupted_run(text, finish
     os.kill(during, signal.SIGKILL)
     assert finish(between, during) == [-signal.SIGKILL] * 2
     assert finish(start_command([recipe], log)) == [0], log.read_text()
-    assert f"Going on from {output_dir}/checkpoint-4, step 4 of 12" in log.read_text()
+    assert f"Resuming from {output_dir}/checkpoint-4, step 4 of 12" in log.read_text()
     assert_same_weights(finished, output_dir)
 
 
@@ -117,7 +64,7 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
     os.kill(process, signal.SIGTERM)
     assert finish(process) == [0]
     stopped = re.search(r"Stopped by SIGTERM after step (\d+)", log.read_text())
-    assert stopped and is_whole(output_dir / f"checkpoint-{stopped[1]}")
+    assert stopped and is_complete(output_dir / f"checkpoint-{stopped[1]}")
     assert not (output_dir / "metrics.json").exists()
     assert finish(start_command([recipe], log)) == [0], log.read_text()
     assert_same_weights(finished, output_dir)
@@ -171,7 +118,7 @@ def test_full_disk_at_the_end_is_said_and_the_same_command_completes_the_result(
         saves = {"model": (modeling_utils, "safe_save_file"), "report": (run_language_modeling, "plot_curves")}
         full_disk.setattr(*saves[full], fail)
         assert "No space left" in complaint(recipe, capfd)
-    assert is_whole(output_dir / "checkpoint-12")
+    assert is_complete(output_dir / "checkpoint-12")
     assert run_language_modeling.main([recipe]) == 0
     assert_same_weights(finished, output_dir)
     assert (output_dir / "training_curves.png").read_bytes() == (finished / "training_curves.png").read_bytes()
@@ -193,27 +140,6 @@ def test_other_evaluation_text_of_a_finished_run_is_evaluated(text, finished, tm
         losses.append(json.loads((output_dir / "metrics.json").read_text())["eval"]["eval_mlm_loss"])
     assert losses[0] == losses[1] != json.loads((finished / "metrics.json").read_text())["eval"]["eval_mlm_loss"]
     assert_same_weights(finished, output_dir)
-
-
-def test_longer_run_follows_the_schedule_of_its_new_length(text, finished, tmp_path):
-    output_dir, log = tmp_path / "run", tmp_path / "log"
-    shutil.copytree(finished, output_dir)
-    recipe = recipe_for(text, output_dir, max_steps=20, logging_steps=1, save_steps=5)
-    assert finish(start_command([recipe], log)) == [0], log.read_text()
-    assert "planned for 12 steps and now has 20" in log.read_text()
-    assert is_whole(output_dir / "checkpoint-15"), "how often it is saved may change"
-    history = json.loads((output_dir / "checkpoint-20" / "trainer_state.json").read_text())["log_history"]
-    rates = {record["step"]: record["learning_rate"] for record in history if "learning_rate" in record}
-    warmup = 2  # 0.06 of 20 steps
-    for step in range(13, 21):
-        assert rates[step] == pytest.approx(5e-3 * (20 - (step - 1)) / (20 - warmup)), step
-
-
-def test_fewer_steps_than_are_done_are_refused(text, after_8_of_12_steps, tmp_path, capfd):
-    before = contents(after_8_of_12_steps)
-    message = complaint(recipe_for(text, after_8_of_12_steps), capfd, "--max_steps", "7")
-    assert "checkpoint-8" in message and "--max_steps 8" in message
-    assert contents(after_8_of_12_steps) == before
 
 
 class Attack:
@@ -276,12 +202,12 @@ def spoil_weights(file, change):
 def test_checkpoint_that_does_not_fit_is_refused(text, after_8_of_12_steps, capfd, spoil):
     spoil(after_8_of_12_steps / "checkpoint-8")
     message = complaint(recipe_for(text, after_8_of_12_steps), capfd)
-    assert re.search("checkpoint-8 cannot be gone on from|The checkpoint in .* has (eps|learning_rate)=", message)
+    assert re.search("checkpoint-8 cannot be resumed from|The checkpoint in .* has (eps|learning_rate)=", message)
     assert not (after_8_of_12_steps / "checkpoint-8" / "attacked").exists()
     assert not (after_8_of_12_steps / "model.safetensors").exists()
 
 
-def test_record_of_an_earlier_version_can_be_gone_on_from(text, finished, after_8_of_12_steps, tmp_path, capfd):
+def test_record_of_an_earlier_version_can_be_resumed_from(text, finished, after_8_of_12_steps, tmp_path, capfd):
     """Such a record has seeds alone of the Trainer's arguments; the rate is then compared with the checkpoint's."""
     file = after_8_of_12_steps / "run_settings.json"
     record = json.loads(file.read_text())
@@ -297,13 +223,9 @@ def test_record_of_an_earlier_version_can_be_gone_on_from(text, finished, after_
     assert_same_weights(finished, after_8_of_12_steps)
 
 
-def test_arguments_that_may_change_exist():
-    assert {*WATCHING_FIELDS, *COMPUTING_FIELDS, *EVALUATION_FIELDS} <= {field.name for field in fields(RunArguments)}
-
-
 def test_checkpoint_that_lacks_a_part_or_is_cut_short_is_never_used(finished, tmp_path):
     checkpoint = max(finished.glob("checkpoint-*"))
-    assert is_whole(checkpoint)
+    assert is_complete(checkpoint)
     parts = [file.name for file in checkpoint.iterdir() if file.suffix != ".py"]
     resumable = {"trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert resumable < set(parts)
@@ -312,9 +234,9 @@ def test_checkpoint_that_lacks_a_part_or_is_cut_short_is_never_used(finished, tm
         shutil.copytree(checkpoint, cut)
         with open(cut / name, "r+b") as file:
             file.truncate(os.path.getsize(cut / name) // 2)
-        assert not is_whole(cut), f"{name} is cut short"
+        assert not is_complete(cut), f"{name} is cut short"
         (cut / name).unlink()
-        assert is_whole(cut) == (name not in resumable | {"config.json"}), f"{name} is missing"
+        assert is_complete(cut) == (name not in resumable | {"config.json"}), f"{name} is missing"
 
 
 def test_last_whole_checkpoint_is_the_one_of_most_steps(finished, tmp_path):
@@ -322,8 +244,8 @@ def test_last_whole_checkpoint_is_the_one_of_most_steps(finished, tmp_path):
     for step in (9, 10, 100):
         shutil.copytree(whole, tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_full_disk_while_saving_leaves_the_last_whole_checkpoint(text, finished, tmp_path, monkeypatch, capfd):
@@ -346,81 +268,6 @@ def test_full_disk_while_saving_leaves_the_last_whole_checkpoint(text, finished,
     assert_same_weights(finished, output_dir)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"max_seq_length": 24},
-        {"config_overrides": {"hidden_size": 32, "num_hidden_layers": 3}},
-        {"objective": "nsp"},
-        {"seed": 7},
-        {"learning_rate": 1e-5},
-        {"lr_scheduler_type": "cosine"},
-        {"warmup_steps": 3},
-        {"adam_beta2": 0.98},
-        {"bf16": True},
-        {"per_device_train_batch_size": 8},
-        {"load_best_model_at_end": True, "save_steps": 6},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_output_folder_of_another_run_is_refused(text, finished, tmp_path, capfd, change):
-    output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
-    before = contents(output_dir)
-    message = complaint(recipe_for(text, output_dir, **change), capfd)
-    assert message.startswith(f"error: output_dir={output_dir} belongs to another run")
-    name, value = next(iter(change.items()))
-    assert "num_hidden_layers is 2 there and 3 here" in message if name == "config_overrides" else name in message
-    if name == "learning_rate":
-        assert f"{name} is 0.005 there and {value} here" in message
-    assert contents(output_dir) == before
-
-
-def test_changed_text_is_another_run(text, finished, tmp_path, capfd):
-    output_dir = tmp_path / "run"
-    shutil.copytree(finished, output_dir)
-    recipe = recipe_for(text, output_dir)
-    changed = write_text(tmp_path / "train.txt", seed=5)
-    assert run_language_modeling.main([recipe, "--train_file", changed]) == 1
-    assert "belongs to another run" in capfd.readouterr().err
-
-
-def test_folder_of_something_else_is_refused(text, tmp_path, capfd):
-    output_dir = tmp_path / "run"
-    output_dir.mkdir()
-    (output_dir / "README.md").write_text("mine")
-    assert run_language_modeling.main([recipe_for(text, output_dir)]) == 1
-    assert "README.md" in capfd.readouterr().err
-    assert [(file.name, file.read_text()) for file in output_dir.iterdir()] == [("README.md", "mine")]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [*sorted(CODE_FILES), "training_args.bin", "config.json", "tokenizer.json", "1_Pooling", "run_settings.json"],
-)
-def test_whatever_a_save_would_overwrite_is_refused(tmp_path, name):
-    (tmp_path / name).write_text('{"mine": true}')
-    with pytest.raises(ValueError, match=name):
-        check_output_folder(tmp_path, training=True)
-
-
-def test_evaluation_overwrites_its_own_report_alone(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    check_output_folder(tmp_path, training=False)
-    report = tmp_path / "evaluation.json"
-    report.write_text(json.dumps({"train": {}, "eval": {}, "model": {}, "data": {}}))
-    check_output_folder(tmp_path, training=False)
-    report.write_text(json.dumps({"accuracy": 1.0}))
-    with pytest.raises(ValueError, match=r"evaluation\.json"):
-        check_output_folder(tmp_path, training=False)
-
-
-def test_files_of_a_run_are_known(finished):
-    known = (*RUN_FILES, "run_settings.json", "checkpoint-*")
-    unknown = [file.name for file in finished.iterdir() if not any(fnmatch.fnmatch(file.name, name) for name in known)]
-    assert not unknown
-
-
 def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path):
     train = tmp_path / "train.txt"
     shutil.copy(text / "train.txt", train)
@@ -436,4 +283,4 @@ def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path)
     assert "Traceback" not in log.read_text()
     train.hardlink_to(tmp_path / "elsewhere.txt")
     assert finish(start_command([recipe, "--train_file", str(train)], log)) == [0], log.read_text()
-    assert "Going on from" in log.read_text()
+    assert "Resuming from" in log.read_text()

@@ -16,17 +16,13 @@ from transformers import (
 )
 
 from distill_from_bert import DistillationDataArguments
-from distillation import (
-    ITEM_OF_LOSS,
-    DistillationTrainer,
-    LossWeights,
-    SimilarLengths,
-    Teacher,
-    count_items,
-    divergence,
-    loss_sums,
-)
+from lambdabert.distillation.batches import SimilarLengths
+from lambdabert.distillation.losses import ITEM_OF_LOSS, count_items, divergence, loss_sums
+from lambdabert.distillation.teacher import LossWeights, Teacher
+from lambdabert.distillation.trainer import DistillationTrainer
 from lambdabert.text.masks import masking_collator
+from lambdabert.training.arguments import RunArguments
+from lambdabert.training.checkpoints import CheckpointError
 from modeling_lambdabert import (
     LambdaBertForMaskedLM,
     LambdaBertForPreTrainingNSP,
@@ -34,8 +30,6 @@ from modeling_lambdabert import (
     LambdaBertForTokenClassification,
     LambdaBertModel,
 )
-from run_folder import CheckpointError
-from training_options import RunArguments
 from training_support import tiny_bert
 
 SETTINGS = {"key_depth": 3, "intra_depth": 2, "local_context_size": 5}
@@ -119,7 +113,7 @@ def make_trainer(tokenizer, tmp_path):
 
 def gradients(trainer, batches):
     """The gradients of one step over the batches."""
-    items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    items = trainer.items_of_step(batches, torch.device("cpu"))
     trainer.current_gradient_accumulation_steps = len(batches)
     trainer.model.zero_grad()
     loss = sum(trainer.training_step(trainer.model, dict(batch), items) for batch in batches)

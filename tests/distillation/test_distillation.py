@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_training_resume import assert_same_weights, wait_for
 from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
@@ -21,13 +20,24 @@ from transformers import (
 )
 
 import distill_from_bert
-import training_run
+import lambdabert.training.run
 from bert_conversion import POSITION_TABLE
-from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES, load_bert_and_tokenizer, load_sentence_transformer
+from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
+from lambdabert.distillation.loading import load_bert_and_tokenizer, load_sentence_transformer
+from lambdabert.training.arguments import parse_arguments
+from lambdabert.training.output_folder import RUN_FILES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
-from run_folder import RUN_FILES
-from training_run import parse_arguments
-from training_support import BERTS, SCHEDULE, finish, run_card_snippet, start_command, start_distributed, tiny_bert
+from training_support import (
+    BERTS,
+    SCHEDULE,
+    assert_same_weights,
+    finish,
+    run_card_snippet,
+    start_command,
+    start_distributed,
+    tiny_bert,
+    wait_for,
+)
 
 ROOT = Path(distill_from_bert.__file__).parent
 RECIPE = {
@@ -216,7 +226,7 @@ class TestInterruption:
         os.kill(process, signal.SIGKILL)
         assert finish(process) == [-signal.SIGKILL]
         assert finish(distil(recipe, log)) == [0], log.read_text()
-        assert re.search(r"Going on from .*checkpoint-[48], step [48] of 12", log.read_text())
+        assert re.search(r"Resuming from .*checkpoint-[48], step [48] of 12", log.read_text())
         assert_same_weights(finished[0], tmp_path / "run")
 
     def test_sigterm_saves_and_goes_on(self, text, teachers, finished, tmp_path):
@@ -260,6 +270,18 @@ class TestInterruption:
         recipe = write_recipe(tmp_path / "again.json", text, other, output_dir=str(finished[0]))
         assert distill_from_bert.main([recipe]) == 1
         assert "belongs to another run" in capfd.readouterr().err
+
+    def test_other_rates_hold_from_the_checkpoint_on(self, text, teachers, finished, capfd, tmp_path):
+        shutil.copytree(finished[0], tmp_path / "run")
+        recipe = write_recipe(tmp_path / "run.json", text, teachers / "classifier", max_steps=16, logging_steps=1)
+        flags = ["--attention_steps", "6", "--learning_rate", "1e-4", "--lr_scheduler_type", "constant"]
+        assert distill_from_bert.main([recipe, *flags, "--attention_learning_rate", "1e-4"]) == 1
+        assert "the first stage ended at step 6" in capfd.readouterr().err
+        assert distill_from_bert.main([recipe, *flags, "--warmup_steps", "0"]) == 0
+        history = json.loads((tmp_path / "run" / "checkpoint-16" / "trainer_state.json").read_text())["log_history"]
+        rates = [record["learning_rate"] for record in history if record["step"] > 12 and "learning_rate" in record]
+        assert rates == [1e-4] * 4
+        assert "| learning_rate | 0.0001 (0.005 until step 12) |" in (tmp_path / "run" / "README.md").read_text()
 
     def test_longer_run_does_not_go_back_to_the_first_stage(self, text, teachers, finished, capfd, tmp_path):
         shutil.copytree(finished[0], tmp_path / "run")
@@ -372,13 +394,13 @@ class TestMistakes:
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_options(self, capfd, tmp_path, text, teachers, monkeypatch, values, named):
-        read, load = [], training_run.load_corpus
+        read, load = [], lambdabert.training.run.load_corpus
 
         def recorded(*args, **kwargs):
             read.append(args)
             return load(*args, **kwargs)
 
-        monkeypatch.setattr(training_run, "load_corpus", recorded)
+        monkeypatch.setattr(lambdabert.training.run, "load_corpus", recorded)
         teacher = values.get("teacher", teachers / "classifier")
         options = {name: value for name, value in values.items() if name != "teacher"}
         assert named in self.complaint(capfd, tmp_path, text, teacher, **options)

@@ -1,0 +1,1 @@
+"""Distillation: a LambdaBERT learns to compute what a trained BERT computes."""

@@ -1,0 +1,117 @@
+"""The options of the commands that train, read from flags and a recipe."""
+
+import dataclasses
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, get_type_hints
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from lambdabert.training.option_rules import (
+    DEFAULT_OUTPUT_DIR,
+    check_effects,
+    check_refused,
+    check_values,
+    take_as_given,
+)
+from lambdabert.training.recipes import Option, read_recipe
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """The Trainer's arguments, with BERT's optimisation as defaults.
+
+    Attributes:
+        given: names of all options that the command was given, by flag or recipe.
+        notes: what the log is to say about the options.
+    """
+
+    output_dir: str | None = field(
+        default=DEFAULT_OUTPUT_DIR, metadata={"help": "The folder that checkpoints, model and report are written to."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decay of all weights but biases and norms."})
+    warmup_steps: float = field(
+        default=0.06, metadata={"help": "Steps of rising learning rate; below 1: a share of all."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs; below 1: a share of all."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding",
+        metadata={
+            "help": "Which tokens the throughput counts: all, non_padding or no.",
+            "choices": ["all", "non_padding", "no"],
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether a parameter may stay unused; every objective uses all of its model."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check data, tokenizer, model and memory with a single step; write nothing in output_dir."},
+    )
+    given: frozenset[str] = field(init=False, default=frozenset())
+    notes: tuple[str, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        if self.do_eval and self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        super().__post_init__()
+
+
+class OneLineParser(HfArgumentParser):
+    """Reports a mistake as a `ValueError` instead of printing all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def list_options(groups: tuple[Any, ...]) -> dict[str, Option]:
+    """All options of the dataclasses `groups`, by name."""
+    options = {}
+    for group in groups:
+        types = get_type_hints(group)
+        for each in filter(lambda each: each.init, dataclasses.fields(group)):
+            default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+            options[each.name] = Option(types[each.name], default, tuple(each.metadata.get("choices", ())))
+    return options
+
+
+def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reads flags, or a JSON file followed by flags that override it.
+
+    Without `do_train` and `do_eval` among them, both are taken as given.
+
+    Args:
+        argv: what the command was given.
+        groups: the dataclasses of its options, `RunArguments` among them.
+
+    Returns:
+        One instance of each group.
+
+    Raises:
+        ValueError: unknown, impossible or contradicting options, an option without effect, or a JSON file that cannot
+            be read.
+    """
+    options = list_options(groups)
+    recipe: dict[str, Any] = {}
+    if argv and argv[0].endswith(".json"):
+        recipe, argv = read_recipe(argv[0], options), argv[1:]
+    read = OneLineParser(groups, allow_abbrev=False).parse_args(argv, Namespace(**dict.fromkeys(options)))
+    flags = {name: value for name, value in vars(read).items() if value is not None}
+    values = {**recipe, **flags}
+    check_values(values)
+    defaults = {name: option.default for name, option in options.items()}
+    check_refused(values, defaults)
+    taken = take_as_given(values)
+    notes = [f"Taken as given: {' '.join(f'--{name}={value}' for name, value in taken.items())}."] if taken else []
+    notes += check_effects(flags, recipe, defaults)
+    instances = []
+    for group in groups:
+        names = [option.name for option in dataclasses.fields(group) if option.init]
+        instances.append(group(**{name: value for name, value in {**values, **taken}.items() if name in names}))
+        if isinstance(instances[-1], RunArguments):
+            instances[-1].given, instances[-1].notes = frozenset(values), tuple(notes)
+    return tuple(instances)

@@ -1,0 +1,113 @@
+"""What happens at the events of training: a run ends in all processes at once, and resumes with its own schedule."""
+
+import signal
+from collections.abc import Collection
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lambdabert.training.output_folder import record_run
+
+
+class Interruptible(Protocol):
+    """What `StopTogether` asks of a trainer.
+
+    Attributes:
+        diverged: whether a loss of this process was not finite, a bool.
+    """
+
+    diverged: torch.Tensor
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor: ...
+
+    def not_finite(self, what: str) -> Exception: ...
+
+
+class StopTogether(TrainerCallback):
+    """Ends training after the current step in all processes at once, whichever of them has a reason.
+
+    SIGTERM or Ctrl-C end it with a checkpoint (a second signal kills), a loss that is not finite without one.
+
+    Args:
+        trainer: the trainer to end.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, trainer: Interruptible):
+        self.trainer = trainer
+        self.received: str | None = None
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.previous = {number: signal.signal(number, self._receive) for number in self.signals}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self.restore()
+
+    def restore(self) -> None:
+        """Restores the handlers that the signals had before training."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        reasons = torch.stack([self.trainer.diverged.new_tensor(self.received is not None), self.trainer.diverged])
+        signalled, diverged = (count > 0 for count in self.trainer.sum_over_processes(reasons.float()).tolist())
+        if diverged:
+            raise self.trainer.not_finite(f"The loss of step {state.global_step}")
+        if signalled:
+            # the signal may reach one process a step earlier than another
+            self.received = self.received or "a signal"
+            control.should_training_stop = control.should_save = True
+
+
+class OwnSchedule(TrainerCallback):
+    """Gives a run that was resumed its own schedules in place of the checkpoint's.
+
+    These are how often it logs, evaluates and saves, and the rates from here on: the peak of the learning rate, its
+    course over the run's whole length, and the weight decay.
+
+    Args:
+        trainer: the trainer that was resumed.
+        changed: names of the settings that differ from those of the checkpoint's steps.
+    """
+
+    def __init__(self, trainer: Trainer, changed: Collection[str]):
+        self.trainer = trainer
+        self.changed = changed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+        if not args.auto_find_batch_size:
+            state.train_batch_size = args.train_batch_size
+        scheduler, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
+        if self.trainer.is_deepspeed_enabled or not isinstance(scheduler, LambdaLR):
+            return
+        for group in optimizer.param_groups:
+            group["initial_lr"] = args.learning_rate
+        if "weight_decay" in self.changed:  # the first group is the one whose weights decay
+            optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+        # its construction takes one step: to where the checkpoint's is
+        resumed = LambdaLR(optimizer, scheduler.lr_lambdas, last_epoch=scheduler.last_epoch - 1)
+        self.trainer.lr_scheduler = self.trainer.callback_handler.lr_scheduler = resumed
+
+
+class RecordRun(TrainerCallback):
+    """Records the run in its output folder before its first step, when all that can be refused has been."""
+
+    def __init__(self, record: dict[str, Any]):
+        self.record = record
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            record_run(str(args.output_dir), self.record)

@@ -1,0 +1,78 @@
+"""A command from its arguments to its exit status."""
+
+import logging
+import os
+import sys
+from typing import Any
+
+import datasets
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+
+from lambdabert.text.files import UnreadableTextError
+from lambdabert.training.arguments import RunArguments, parse_arguments
+from lambdabert.training.checkpoints import CheckpointError
+from lambdabert.training.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(training_args: RunArguments) -> None:
+    """Logs messages of the package, of one process only, as they are; those of libraries by `--log_level`."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if training_args.process_index == 0:
+        logging.getLogger("lambdabert").setLevel(min(training_args.get_process_log_level(), logging.INFO))
+    else:
+        datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+
+
+def run_command(argv: list[str], groups: tuple[Any, ...], run_class: type[TrainingRun]) -> int:
+    """Runs a command.
+
+    Args:
+        argv: its arguments.
+        groups: the dataclasses of its options: model, data, training.
+        run_class: its run.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        arguments = parse_arguments(argv, groups)
+        set_up_logging(arguments[-1])
+        for note in arguments[-1].notes:
+            logger.info(note)
+        run = run_class(*arguments)
+        run.prepare()
+    except (ValueError, ImportError, OSError, StrictDataclassError, CheckpointError) as error:
+        return fail(error)
+    except Exception as error:
+        return fail(error, unexpected=True)
+    try:
+        run.run()
+    except (CheckpointError, UnreadableTextError, ImportError, OSError) as error:
+        return fail(error)
+    except Exception as error:
+        return fail(error, unexpected=True)
+    return 0
+
+
+def fail(error: Exception, *, unexpected: bool = False) -> int:
+    """Prints one line on stderr.
+
+    Args:
+        error: what happened.
+        unexpected: it may be a bug, and may have happened in one process alone: the line names the error's type, every
+            process prints it, and `--log_level debug` shows the traceback.
+
+    Returns:
+        The exit status.
+    """
+    logger.debug("", exc_info=error)
+    text = " ".join(str(error).split())
+    if unexpected:
+        print(f"error: {type(error).__name__}: {text} (--log_level debug shows where)", file=sys.stderr)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"error: {text}", file=sys.stderr)
+    return 1

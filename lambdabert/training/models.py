@@ -1,0 +1,215 @@
+"""Models to be pretrained: their config, their first weights, and whether they fit tokenizer and examples."""
+
+import itertools
+import logging
+from collections.abc import Collection
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bert_conversion import bare
+from configuration_lambdabert import LambdaBertConfig
+from lambdabert.text.objectives import Objective
+from lambdabert.training.recipes import parse_overrides
+
+logger = logging.getLogger(__name__)
+
+# prefixes of the names of an encoder's weights
+ENCODER = ("embeddings.", "encoder.")
+
+
+def make_config(
+    name: str | None, option: str, overrides: str | dict[str, Any] | None, *, tokens: int, padding: int
+) -> LambdaBertConfig:
+    """Builds the config of a model.
+
+    Args:
+        name: a folder, file or hub name of the config; None: a new one of base size.
+        option: where the user named it.
+        overrides: fields to change in it.
+        tokens: the size of the tokenizer's vocabulary, for a new config.
+        padding: the id of its padding token, for a new config.
+
+    Raises:
+        ValueError: there is no such config, or its fields are invalid.
+    """
+    changes = parse_overrides(overrides)
+    if name is None:
+        values: dict[str, Any] = {"vocab_size": tokens, "pad_token_id": padding}
+    else:
+        try:
+            values, _ = LambdaBertConfig.get_config_dict(name)
+            kind = values.get("model_type", LambdaBertConfig.model_type)
+        except Exception as error:  # a broken file raises whatever its reader stumbles over
+            raise ValueError(
+                f"{option}={name} holds no config that can be read ({type(error).__name__}: {error}); "
+                "name the folder of a LambdaBERT."
+            ) from error
+        if kind != LambdaBertConfig.model_type:
+            raise ValueError(f"{option}={name} is a {kind!r} model; name the folder of a LambdaBERT.")
+    unknown = sorted(set(changes) - set(LambdaBertConfig().to_dict()))
+    if unknown:
+        raise ValueError(f"config_overrides: LambdaBertConfig has no field {', '.join(unknown)}.")
+    return LambdaBertConfig(**{**values, **changes})
+
+
+def check_examples_fit(config: LambdaBertConfig, max_seq_length: int, objective: Objective) -> None:
+    """Refuses a config whose model cannot take the examples.
+
+    Args:
+        config: the model's.
+        max_seq_length: tokens of the longest example.
+        objective: what the examples are made for.
+
+    Raises:
+        ValueError: they are too long for the model, or have more segments than it can tell apart.
+    """
+    if config.longest_sequence is not None and max_seq_length > config.longest_sequence:
+        raise ValueError(
+            f"max_seq_length={max_seq_length} exceeds max_position_embeddings={config.max_position_embeddings}; "
+            "lower the former, or raise the latter in --config_overrides."
+        )
+    if objective.has_pairs and config.type_vocab_size < 2:
+        raise ValueError(
+            f"type_vocab_size={config.type_vocab_size} cannot tell apart the two segments of the pairs that "
+            f"objective={objective.name} makes; set it to 2, or use --objective mlm."
+        )
+
+
+def check_tokens(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a config that belongs to another tokenizer.
+
+    Raises:
+        ValueError: it has too few embeddings, or its padding is another token.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} of the model is too small for the tokenizer's {len(tokenizer)} tokens; "
+            "use the model's own tokenizer, or set vocab_size in --config_overrides for a new model."
+        )
+    if config.pad_token_id != tokenizer.pad_token_id:
+        raise ValueError(
+            f"pad_token_id={config.pad_token_id} of the model contradicts the tokenizer, whose {tokenizer.pad_token} "
+            f"is {tokenizer.pad_token_id}: set pad_token_id={tokenizer.pad_token_id} in --config_overrides."
+        )
+
+
+def check_masked_sentence(sentence: str | None, mask_token: str) -> None:
+    """Raises ValueError if a sentence does not hold exactly one mask."""
+    if sentence is not None and sentence.count(mask_token) != 1:
+        raise ValueError(
+            f"masked_sentence={sentence!r} holds {mask_token} {sentence.count(mask_token)} times: it takes exactly one."
+        )
+
+
+def check_length(sentence: str | None, tokenizer: PreTrainedTokenizerBase, config: LambdaBertConfig) -> None:
+    """Raises ValueError if a sentence is longer than the model allows."""
+    if sentence is None or config.longest_sequence is None:
+        return
+    length = len(tokenizer(sentence).input_ids)
+    if length > config.longest_sequence:
+        raise ValueError(
+            f"masked_sentence has {length} tokens, and the model takes {config.longest_sequence}: shorten it."
+        )
+
+
+def note_precision(name: str, config: dict[str, Any]) -> None:
+    """Logs it if a model is stored in another precision than the one in which it is trained and evaluated.
+
+    Args:
+        name: how the message calls it.
+        config: the fields of its stored config.
+    """
+    stored = str(config.get("dtype") or config.get("torch_dtype") or torch.float32).removeprefix("torch.")
+    if stored != "float32":
+        logger.info(f"{name} is stored in {stored} and computed in float32 (--bf16 or --fp16: in mixed precision).")
+
+
+def non_finite_weights(*modules: nn.Module) -> list[str]:
+    """Names of parameters and buffers that hold a NaN or an infinity."""
+    weights = [
+        (name, weight)
+        for module in modules
+        for name, weight in itertools.chain(module.named_parameters(), module.named_buffers())
+        if weight.is_floating_point()
+    ]
+    if not weights:
+        return []
+    # of a sharded weight, this process's part; one transfer from the device for all
+    finite = [(x.to_local() if hasattr(x, "to_local") else x).isfinite().all() for _, x in weights]
+    return [name for (name, _), good in zip(weights, torch.stack(finite).tolist(), strict=True) if not good]
+
+
+def make_model(
+    model_class: type[PreTrainedModel], config: LambdaBertConfig, source: str | None, *, overridden: bool
+) -> PreTrainedModel:
+    """Builds a new model, or loads one from `source`, in float32 whatever precision it is stored in.
+
+    Args:
+        model_class: its class.
+        config: its config.
+        source: a folder or hub name, or None.
+        overridden: whether the config differs from that of `source`.
+
+    Raises:
+        ValueError: the weights are unreadable or not finite, or the encoder's are not those of the config.
+    """
+    if source is None:
+        return model_class(config)
+    note_precision(source, config.to_dict())
+    advice = "drop the --config_overrides that change them" if overridden else "its folder is damaged; name another"
+    try:
+        loaded: Any = model_class.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{source} holds no weights that can be read ({error}).") from error
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {source} have another shape than the config ({error}): {advice}.") from error
+    model, report = loaded
+    check_encoder(source, report["missing_keys"], report["unexpected_keys"], advice)
+    if bad := non_finite_weights(model):
+        raise ValueError(f"{source} has weights that are not finite ({', '.join(bad[:3])}); name another model.")
+    return model
+
+
+def check_encoder(source: str, missing: Collection[str], left_out: Collection[str], advice: str) -> None:
+    """Refuses a model whose encoder was not loaded as it is, and logs which other weights are new or left out.
+
+    Args:
+        source: where the model was loaded from.
+        missing: weights that were not there.
+        left_out: weights that were there and that the model does not have.
+        advice: what to do.
+
+    Raises:
+        ValueError: there are weights of the encoder among them.
+    """
+    lacks, unknown = (sorted(name for name in names if bare(name).startswith(ENCODER)) for names in (missing, left_out))
+    parts = [f"lacks {', '.join(lacks[:3])}"] if lacks else []
+    parts += [f"has no place for {', '.join(unknown[:3])}"] if unknown else []
+    if parts:
+        raise ValueError(f"The encoder of {source} does not fit the config: it {' and '.join(parts)}; {advice}.")
+    if missing:
+        logger.info(f"New weights, which {source} does not have: {', '.join(sorted(missing))}.")
+    if left_out:
+        logger.info(f"Left out weights of {source}: {', '.join(sorted(left_out))}.")
+
+
+def start_at_frequencies(model: PreTrainedModel, counts: np.ndarray) -> None:
+    """Makes a new model predict masked tokens by their frequency in the text, through the bias of its MLM head.
+
+    Without this, a new model first has to learn the frequencies, and learns context later (docs/results.md).
+
+    Args:
+        model: a model with an MLM head.
+        counts: occurrences of each token, [up to vocab_size]; one is added to each.
+    """
+    bias = model.get_parameter("cls.predictions.bias")
+    smoothed = torch.ones_like(bias)
+    smoothed[: len(counts)] += torch.from_numpy(counts).to(bias)
+    with torch.no_grad():
+        bias.copy_((smoothed / smoothed.sum()).log())

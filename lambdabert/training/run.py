@@ -1,0 +1,486 @@
+"""A run of a command that trains, step by step."""
+
+import copy
+import logging
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from datasets import Dataset, IterableDataset
+from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lambdabert.text.arguments import TextArguments
+from lambdabert.text.examples import ExampleRecipe
+from lambdabert.text.masks import MaskingCollator
+from lambdabert.text.preparation import PreparationSummary, prepare_examples
+from lambdabert.text.sources import load_corpus
+from lambdabert.training.arguments import RunArguments
+from lambdabert.training.callbacks import RecordRun
+from lambdabert.training.checkpoints import (
+    CheckpointError,
+    last_complete_checkpoint,
+    read_state,
+    step_of,
+    writing,
+)
+from lambdabert.training.hub import use_cache_if_hub_is_unreachable
+from lambdabert.training.memory import GIB, peak_memory
+from lambdabert.training.output_folder import (
+    EVALUATION_NAME,
+    check_output_folder,
+    check_same_run,
+    read_record,
+    record_run,
+    result_files,
+)
+from lambdabert.training.rehearsal import rehearse
+from lambdabert.training.report import describe_metrics, describe_run, metrics_report, write_json
+from lambdabert.training.settings import (
+    RATE_FIELDS,
+    changeable_fields,
+    changed_now,
+    earlier_values,
+    fingerprint,
+    run_settings,
+)
+from lambdabert.training.trainer import InterruptibleTrainer
+
+logger = logging.getLogger(__name__)
+
+DRY_RUN_DOCUMENTS = 500
+# of weights in float32, their gradients and Adam's two moments
+BYTES_PER_PARAMETER = 16
+# what a rehearsal's short text needs
+TINY_TEXT_SETTINGS = {"pad_to_multiple_of": None, "mlm_probability": 0.5}
+
+Documents = dict[str, Dataset | IterableDataset]
+
+
+def first_documents(documents: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Enough documents for a dry run."""
+    if isinstance(documents, datasets.IterableDataset):
+        return documents.take(DRY_RUN_DOCUMENTS)
+    return documents.select(range(min(DRY_RUN_DOCUMENTS, len(documents))))
+
+
+class TrainingRun(ABC):
+    """A run of a command: `prepare` checks and reads everything, `run` trains, evaluates and reports.
+
+    A command implements the abstract methods, and may override those that do nothing here.
+
+    Attributes:
+        model_args, data_args, training_args: the command's options.
+        trainer_class: the class of its Trainer.
+        checkpoint: the last complete checkpoint of the output folder, or None.
+        tokenizer, model: what is trained.
+        examples, summaries: the prepared text and what was found in it, for each of "train" and "validation".
+        settings: those that define the run.
+        record: what `run_settings.json` is to hold: the settings, and which others held for earlier steps.
+        steps: of the whole run.
+    """
+
+    trainer_class: type[InterruptibleTrainer]
+    checkpoint: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    examples: Mapping[str, Any]
+    summaries: dict[str, PreparationSummary]
+    settings: dict[str, dict[str, Any]]
+    record: dict[str, Any]
+    steps: int
+
+    def __init__(self, model_args: Any, data_args: TextArguments, training_args: RunArguments):
+        self.model_args, self.data_args, self.training_args = model_args, data_args, training_args
+
+    def prepare(self) -> None:
+        """Does all that comes before the first step. Writes nothing into the output folder.
+
+        Raises:
+            ValueError: an option, the folder, the model or the text does not work.
+        """
+        self.check_options()
+        self.check_folder()
+        self.rehearse()
+        use_cache_if_hub_is_unreachable(self.data_args.dataset_name, *self.hub_names())
+        self.open_model()
+        documents = self.read_text()
+        self.make_model(documents)
+        self.make_examples(documents)
+        self.start_from_text()
+        self.settings = self.describe()
+        self.check_record()
+
+    def run(self) -> None:
+        """Trains, evaluates and reports. If the run was finished and reported before, no file is written again.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be resumed from, the loss is not finite, or the disk is full.
+        """
+        if self.training_args.dry_run:
+            self.dry_run()
+            return
+        trainer = self.trainer()
+        if self.training_args.do_train:
+            self.plan(trainer)
+            state = self.checkpoint_state()
+            if state is None or state.global_step < self.steps:
+                if not self.train(trainer, state):
+                    return
+            elif self.is_complete(trainer):
+                self.show(trainer)
+                return
+            else:
+                self.restore(trainer, state)
+            self.save(trainer)
+        metrics = self.evaluate(trainer)
+        self.report(trainer, metrics)
+        self.show(trainer)
+
+    @property
+    @abstractmethod
+    def example_recipe(self) -> ExampleRecipe:
+        """How examples are made of the documents."""
+
+    @property
+    @abstractmethod
+    def label_names(self) -> list[str]:
+        """Columns of a batch that hold labels."""
+
+    @abstractmethod
+    def check_own_options(self) -> None:
+        """Refuses options of the command that contradict each other. Raises ValueError."""
+
+    @abstractmethod
+    def hub_names(self) -> tuple[str | None, ...]:
+        """What the command will load besides text: local or hub names."""
+
+    @abstractmethod
+    def become_tiny(self) -> None:
+        """Replaces the model, for a rehearsal, by one of a few hundred parameters."""
+
+    @abstractmethod
+    def open_model(self) -> None:
+        """Reads and checks all that can be known of tokenizer and model before the text. Raises ValueError."""
+
+    @abstractmethod
+    def make_model(self, documents: Documents) -> None:
+        """Sets `tokenizer` and `model`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The settings that define the run; see `run_settings`."""
+
+    @abstractmethod
+    def collator(self) -> MaskingCollator:
+        """A collator of the command's batches."""
+
+    @abstractmethod
+    def model_card(self, state: TrainerState, metrics: str) -> str:
+        """The model card, with its table of `metrics`."""
+
+    @abstractmethod
+    def draw_curves(self, state: TrainerState, file: Path) -> None:
+        """Draws the losses of the whole run."""
+
+    def start_from_text(self) -> None:
+        """Sets what a new model's weights owe to the prepared text."""
+
+    def show(self, trainer: InterruptibleTrainer) -> None:
+        """Logs what the finished model does."""
+
+    def check_options(self) -> None:
+        """Refuses options that contradict each other. Raises ValueError."""
+        args = self.training_args
+        if not (args.do_train or args.do_eval or args.dry_run):
+            raise ValueError("Nothing to do: give --do_train, --do_eval or --dry_run.")
+        self.check_own_options()
+        if self.data_args.streaming and args.max_steps <= 0:
+            raise ValueError("streaming has no known length: give --max_steps.")
+        if args.fsdp and args.device.type == "cpu":
+            raise ValueError("fsdp shards over accelerators, and there is none here; drop --fsdp.")
+        if self.data_args.streaming:
+            # every process reads the stream and keeps its share: batches padded to different lengths cannot be split
+            cast(AcceleratorConfig, args.accelerator_config).dispatch_batches = False
+        args.label_names = self.label_names
+
+    @property
+    def trains(self) -> bool:
+        return self.training_args.do_train or self.training_args.dry_run
+
+    def check_folder(self) -> None:
+        """Refuses an output folder that is not a run's, and finds its checkpoint. Raises ValueError."""
+        check_output_folder(str(self.training_args.output_dir), self.trains)
+        self.checkpoint = last_complete_checkpoint(str(self.training_args.output_dir))
+
+    def rehearse(self) -> None:
+        """Tries the options on a tiny model. Raises ValueError."""
+
+        def tiny_trainer(
+            args: RunArguments, tokenizer: BertTokenizer, examples: dict[str, Dataset]
+        ) -> InterruptibleTrainer:
+            tiny = copy.copy(self)
+            tiny.training_args, tiny.data_args = args, copy.copy(self.data_args)
+            tiny.tokenizer, tiny.examples = tokenizer, examples
+            vars(tiny.data_args).update(TINY_TEXT_SETTINGS)
+            tiny.become_tiny()
+            return tiny.trainer()
+
+        rehearse(self.training_args, self.example_recipe.objective, tiny_trainer)
+
+    def read_text(self) -> Documents:
+        """Finds the documents of "train" and "validation". Raises ValueError."""
+        args = self.training_args
+        with args.main_process_first(desc="reading the text"):
+            documents = load_corpus(self.data_args, train=self.trains, evaluate=args.do_eval, seed=args.seed)
+        if args.dry_run:
+            return {split: first_documents(rows) for split, rows in documents.items()}
+        return documents
+
+    def make_examples(self, documents: Documents) -> None:
+        """Sets `examples` and `summaries`. Raises ValueError if the text does not make any."""
+        examples = {}
+        self.summaries = {}
+        with self.training_args.main_process_first(desc="preparing examples"):
+            for split, rows in documents.items():
+                examples[split], self.summaries[split] = prepare_examples(
+                    rows,
+                    self.tokenizer,
+                    self.example_recipe,
+                    seed=self.training_args.seed,
+                    training=split == "train",
+                )
+        self.examples = examples
+
+    def run_settings(self, **model_settings: Any) -> dict[str, dict[str, Any]]:
+        """The settings that define the run, with those of the command's model among them."""
+        return run_settings(
+            self.data_args,
+            self.training_args,
+            self.tokenizer,
+            self.model,
+            self.examples,
+            command=type(self).__name__,
+            **model_settings,
+        )
+
+    def check_record(self) -> None:
+        """Compares the settings with those recorded in the output folder. Raises ValueError if it is another run's."""
+        args = self.training_args
+        # the evaluations in the checkpoints' history are those of this text
+        self.record = self.settings | {"evaluation": self.evaluation_text}
+        trained = self.checkpoint is not None or any(Path(str(args.output_dir)).glob("model*.safetensors"))
+        record = read_record(str(args.output_dir)) if trained and args.do_train and not args.dry_run else None
+        if record is None:
+            return
+        may_change = changeable_fields(record["training"], self.settings["training"]) if self.checkpoint else ()
+        check_same_run(str(args.output_dir), self.settings, may_change)
+        if self.checkpoint is not None:
+            self.record["earlier"] = earlier_values(record, self.settings["training"], step_of(self.checkpoint))
+
+    @property
+    def earlier(self) -> dict[str, list[dict]]:
+        """Settings that other values held for in the first steps; see `earlier_values`."""
+        return self.record.get("earlier", {})
+
+    def trainer(self, **settings: Any) -> Any:
+        """Makes the command's Trainer; `settings` go to its class."""
+        return self.trainer_class(
+            model=self.model,
+            args=self.training_args,
+            train_dataset=self.examples.get("train"),
+            eval_dataset=self.examples.get("validation"),
+            processing_class=self.tokenizer,
+            data_collator=self.collator(),
+            eval_collator=self.collator(),
+            **settings,
+        )
+
+    def dry_run(self) -> None:
+        """Takes one step and one evaluation batch in a temporary folder, and logs what the run needs."""
+        args = self.training_args
+        planned_steps = args.max_steps
+        with tempfile.TemporaryDirectory() as folder:
+            args.output_dir, args.max_steps, args.report_to, args.push_to_hub = folder, 1, [], False
+            args.save_strategy = args.eval_strategy = "no"
+            trainer = self.trainer()
+            trainer.train()
+            if "validation" in self.examples:
+                rows = self.examples["validation"]
+                trainer.evaluate(rows.select(range(min(len(rows), args.eval_batch_size))))
+        parameters = self.model.num_parameters()
+        logger.info(
+            f"Dry run of the first {DRY_RUN_DOCUMENTS} documents: {self.summaries['train']}; "
+            f"{parameters:,} parameters; steps planned: "
+            f"{planned_steps if planned_steps > 0 else f'{args.num_train_epochs:g} epochs'}."
+        )
+        logger.info(
+            f"Memory: {BYTES_PER_PARAMETER * parameters / GIB:.2f} GiB for weights, gradients and optimizer; a step of "
+            f"{args.train_batch_size} examples peaked at {peak_memory(args.device) / GIB:.2f} GiB per process."
+        )
+        logger.info("The dry run succeeded; nothing was written to output_dir.")
+
+    def plan(self, trainer: InterruptibleTrainer) -> None:
+        """Sets `steps`, and describes the run in the log."""
+        args = self.training_args
+        self.steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+        logger.info(describe_run(self.model, self.summaries, self.steps, args))
+
+    def checkpoint_state(self) -> TrainerState | None:
+        """The state of the checkpoint, if there is one; the log says what changes there.
+
+        Raises:
+            CheckpointError: the checkpoint is beyond the end of the run, or a change could have no effect.
+        """
+        if self.checkpoint is None:
+            return None
+        state = read_state(self.checkpoint)
+        self.check_length(state)
+        self.check_rates(state)
+        return state
+
+    def check_length(self, state: TrainerState) -> None:
+        """Refuses fewer steps than are done, and logs it if a run is longer or shorter than it was planned.
+
+        Args:
+            state: the checkpoint's.
+
+        Raises:
+            CheckpointError: the checkpoint is beyond the end of the run.
+        """
+        if self.steps < state.global_step:
+            raise CheckpointError(
+                f"{self.checkpoint} is beyond the {self.steps} steps of this run: give --max_steps {state.global_step} "
+                "or more, or another --output_dir."
+            )
+        if self.steps != state.max_steps:
+            logger.info(
+                f"The run was planned for {state.max_steps} steps and now has {self.steps}: from step "
+                f"{state.global_step} on, the learning rate follows the schedule of {self.steps} steps."
+            )
+
+    def changed_rates(self, step: int) -> dict[str, Any]:
+        """Settings of learning rate and weight decay that change at the checkpoint, with their values until then."""
+        return {field: value for field, value in changed_now(self.earlier, step).items() if field in RATE_FIELDS}
+
+    def check_rates(self, state: TrainerState) -> None:
+        """Refuses other rates if nothing is left to train with them, and logs them otherwise.
+
+        Args:
+            state: the checkpoint's.
+
+        Raises:
+            CheckpointError: they could have no effect.
+        """
+        step = state.global_step
+        changes = [
+            f"{field} is {self.settings['training'][field]} ({before} until then)"
+            for field, before in self.changed_rates(step).items()
+        ]
+        if changes and step == self.steps:
+            raise CheckpointError(
+                f"From step {step} on, {', '.join(changes)}, but {self.checkpoint} is the end of this run, so this "
+                f"would change nothing: give --max_steps above {step}, or the same settings."
+            )
+        if changes:
+            logger.info(f"From step {step} on, {', '.join(changes)}.")
+
+    def train(self, trainer: InterruptibleTrainer, state: TrainerState | None) -> bool:
+        """Trains from the start, or from the checkpoint of `state`; returns whether it came to its end.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the run, the loss is not finite, or the disk is full.
+        """
+        trainer.add_callback(RecordRun(self.record))
+        if state is None:
+            trainer.train()
+        else:
+            logger.info(f"Resuming from {self.checkpoint}, step {state.global_step} of {self.steps}.")
+            trainer.train(str(self.checkpoint), earlier=self.changed_rates(state.global_step))
+        if trainer.stop.received:
+            logger.info(
+                f"Stopped by {trainer.stop.received} after step {trainer.state.global_step}, with a checkpoint; "
+                "the same command resumes from it."
+            )
+        return not trainer.stop.received
+
+    def is_complete(self, trainer: InterruptibleTrainer) -> bool:
+        """Whether a run whose training is finished was reported, too. Its record is that of the folder from then on."""
+        logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
+        self.record = read_record(str(self.training_args.output_dir)) or self.record
+        complete = self.is_reported()
+        trainer.accelerator.wait_for_everyone()
+        if complete:
+            logger.info(f"{self.training_args.output_dir} is complete and stays as it is.")
+        return complete
+
+    def restore(self, trainer: InterruptibleTrainer, state: TrainerState) -> None:
+        """Loads the result of a finished run from its checkpoints."""
+        trainer.state = state
+        checkpoint = Path(str(self.checkpoint))
+        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        trainer.load_weights(best if self.training_args.load_best_model_at_end and best.exists() else checkpoint)
+
+    def save(self, trainer: InterruptibleTrainer) -> None:
+        """Writes what was trained into the output folder.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        with writing(str(self.training_args.output_dir)):
+            self.save_model(trainer)
+
+    def save_model(self, trainer: InterruptibleTrainer) -> None:
+        """Writes the model and its tokenizer."""
+        trainer.save_model()
+
+    @property
+    def evaluation_text(self) -> str | None:
+        """Distinguishes prepared texts of evaluation; None without one, or if it cannot be told."""
+        return fingerprint(self.examples.get("validation"))
+
+    def is_reported(self) -> bool:
+        """Whether the output folder holds the whole result of this run, as it was reported."""
+        reported = self.record.get("reported")
+        if not isinstance(reported, dict) or reported.get("steps") != self.steps:
+            return False
+        text = self.evaluation_text
+        evaluated = not self.training_args.do_eval or (text is not None and reported.get("evaluation") == text)
+        return evaluated and reported.get("files") == result_files(str(self.training_args.output_dir))
+
+    def evaluate(self, trainer: InterruptibleTrainer) -> dict[str, float]:
+        """Metrics of the trained model: the last evaluation's, if that was after the last step and of the same text."""
+        if not self.training_args.do_eval:
+            return {}
+        same_text = self.evaluation_text is not None and self.record.get("evaluation") == self.evaluation_text
+        state = trainer.state
+        last = [each for each in state.log_history if "eval_loss" in each and each["step"] == state.global_step]
+        if not last or not same_text or self.training_args.load_best_model_at_end:
+            return trainer.evaluate()
+        return {name: value for name, value in last[-1].items() if name.startswith("eval_")}
+
+    def report(self, trainer: InterruptibleTrainer, metrics: dict[str, float]) -> None:
+        """Writes metrics.json, the model card and the curves; without training, evaluation.json alone.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        if not trainer.is_world_process_zero():
+            return
+        args = self.training_args
+        folder = Path(str(args.output_dir))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            numbers = metrics_report(self.model, self.summaries, trainer.state.log_history, metrics)
+            write_json(folder / ("metrics.json" if args.do_train else EVALUATION_NAME), numbers)
+            if args.do_train:
+                card = self.model_card(trainer.state, describe_metrics(numbers))
+                (folder / "README.md").write_text(card, encoding="utf-8")
+                self.draw_curves(trainer.state, folder / "training_curves.png")
+                evaluated = self.evaluation_text if args.do_eval else None
+                reported = {"steps": self.steps, "evaluation": evaluated, "files": result_files(folder)}
+                record_run(folder, self.record | {"reported": reported})

@@ -1,0 +1,26 @@
+"""A finished pretraining run, and a copy of it from before its end."""
+
+import shutil
+
+import pytest
+
+from training_support import finish, recipe_for, start_command
+
+
+@pytest.fixture(scope="session")
+def finished(text, tmp_path_factory):
+    """The output folder of a run that nothing interrupted; it passes through two epochs, with dropout."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    log = output_dir.with_suffix(".log")
+    assert finish(start_command([recipe_for(text, output_dir)], log)) == [0], log.read_text()
+    return output_dir
+
+
+@pytest.fixture
+def after_8_of_12_steps(finished, tmp_path):
+    """A copy of that folder from before the end of the run."""
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    shutil.copy(finished / "run_settings.json", output_dir)
+    shutil.copytree(finished / "checkpoint-8", output_dir / "checkpoint-8")
+    return output_dir
