@@ -85,7 +85,7 @@ class TeacherArguments:
 
     def __post_init__(self) -> None:
         if self.teacher is None:
-            raise ValueError("There is no teacher: name a BERT by --teacher.")
+            raise ValueError("There is no teacher: name a BERT with --teacher.")
 
     def given_weights(self) -> dict[str, float]:
         given = {loss.name: getattr(self, f"{loss.name}_weight") for loss in fields(LossWeights)}

@@ -81,6 +81,17 @@ def write_recipe(file, **values):
     return str(file)
 
 
+def sources(text, **values):
+    """Options that name the session's text and tokenizer."""
+    return {
+        "train_file": [str(text / "train.txt")],
+        "validation_file": [str(text / "valid.txt")],
+        "tokenizer_name": str(text / "tokenizer"),
+        "data_cache_dir": str(text / "cache"),
+        **values,
+    }
+
+
 def recipe_for(text, output_dir, **values):
     """Writes the small recipe for the session's text; returns its file, which lies beside `output_dir`."""
     return write_recipe(

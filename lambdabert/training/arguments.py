@@ -23,7 +23,7 @@ class RunArguments(TrainingArguments):
     """The Trainer's arguments, with BERT's optimisation as defaults.
 
     Attributes:
-        given: names of all options that the command was given, by flag or recipe.
+        given: names of all options that were given, by flag or recipe.
         notes: what the log is to say about the options.
     """
 
@@ -82,7 +82,7 @@ def list_options(groups: tuple[Any, ...]) -> dict[str, Option]:
 def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]:
     """Reads flags, or a JSON file followed by flags that override it.
 
-    Without `do_train` and `do_eval` among them, both are taken as given.
+    Without `do_train` and `do_eval` among them, both are assumed.
 
     Args:
         argv: what the command was given.
@@ -106,7 +106,7 @@ def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]
     defaults = {name: option.default for name, option in options.items()}
     check_refused(values, defaults)
     taken = take_as_given(values)
-    notes = [f"Taken as given: {' '.join(f'--{name}={value}' for name, value in taken.items())}."] if taken else []
+    notes = [f"Assumed: {' '.join(f'--{name}={value}' for name, value in taken.items())}."] if taken else []
     notes += check_effects(flags, recipe, defaults)
     instances = []
     for group in groups:

@@ -1,6 +1,6 @@
-"""Checkpoints: which of them are whole, and what is said where one cannot be read or written.
+"""Checkpoints: which of them are complete, and what is said if one cannot be read or written.
 
-A checkpoint is whole once its `trainer_state.json`, which is written after everything else, is there and every file
+A checkpoint is complete once its `trainer_state.json`, which is written after everything else, is there and every file
 beside it can be opened; anything else is never loaded.
 """
 

@@ -332,7 +332,7 @@ def _asks_for_nothing(value: Any, default: Any) -> bool:
 def check_effects(flags: dict[str, Any], recipe: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Refuses options that cannot take effect.
 
-    A recipe is a whole: what only the flags deprive of its effect in it is noted.
+    Options of a recipe that have no effect only because of the flags are noted instead.
 
     Returns:
         Notes for the log.

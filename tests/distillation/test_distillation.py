@@ -1,87 +1,32 @@
-"""The command that turns a BERT into a LambdaBERT: its teachers, results, resuming, and what it says to a mistake."""
+"""The command that turns a BERT into a LambdaBERT: its results."""
 
 import fnmatch
 import json
-import math
-import os
-import re
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
-    BertForSequenceClassification,
-    RobertaConfig,
-    RobertaModel,
 )
 
 import distill_from_bert
-import lambdabert.training.run
 from bert_conversion import POSITION_TABLE
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
-from lambdabert.distillation.loading import load_bert_and_tokenizer, load_sentence_transformer
+from distillation_support import RECIPE, distilled, write_recipe
 from lambdabert.training.arguments import parse_arguments
 from lambdabert.training.output_folder import RUN_FILES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
 from training_support import (
     BERTS,
-    SCHEDULE,
-    assert_same_weights,
     finish,
     run_card_snippet,
     start_command,
     start_distributed,
-    tiny_bert,
-    wait_for,
 )
 
 ROOT = Path(distill_from_bert.__file__).parent
-RECIPE = {
-    "do_train": True,
-    "do_eval": True,
-    "config_overrides": {"key_depth": 8, "intra_depth": 2, "local_context_size": 5},
-    "max_seq_length": 32,
-    "gradient_accumulation_steps": 2,
-    **SCHEDULE,
-}
-
-
-BEST = {"load_best_model_at_end": True, "save_steps": 6, "attention_steps": 0}
-
-
-def write_recipe(file, text, teacher, **values):
-    recipe = {
-        **RECIPE,
-        "teacher": None if teacher is None else str(teacher),
-        "output_dir": str(file.with_suffix("")),
-        "train_file": [str(text / "train.txt")],
-        "validation_file": [str(text / "valid.txt")],
-        "data_cache_dir": str(text / "cache"),
-        **values,
-    }
-    file.write_text(json.dumps({name: value for name, value in recipe.items() if value is not None}))
-    return str(file)
-
-
-def distil(recipe, log):
-    return start_command([recipe], log, command=distill_from_bert.main)
-
-
-def distilled(tmp_path, text, teacher, **values):
-    """The output folder of a run, and what it printed."""
-    log = tmp_path / "log"
-    assert finish(distil(write_recipe(tmp_path / "run.json", text, teacher, **values), log)) == [0], log.read_text()
-    return tmp_path / "run", log.read_text()
-
-
-@pytest.fixture(scope="module")
-def finished(text, teachers, tmp_path_factory):
-    """A classifier's run that nothing interrupted; it passes through several epochs."""
-    return distilled(tmp_path_factory.mktemp("finished"), text, teachers / "classifier")
 
 
 class TestResults:
@@ -218,96 +163,6 @@ def test_two_processes_equal_one_that_accumulates(text, teachers, tmp_path):
         torch.testing.assert_close(weights["two"][name], weight, rtol=0, atol=5e-5, msg=name)
 
 
-class TestInterruption:
-    def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(self, text, teachers, finished, tmp_path):
-        recipe, log = write_recipe(tmp_path / "run.json", text, teachers / "classifier"), tmp_path / "log"
-        process = distil(recipe, log)
-        wait_for(tmp_path / "run" / "checkpoint-4" / "trainer_state.json", process)
-        os.kill(process, signal.SIGKILL)
-        assert finish(process) == [-signal.SIGKILL]
-        assert finish(distil(recipe, log)) == [0], log.read_text()
-        assert re.search(r"Resuming from .*checkpoint-[48], step [48] of 12", log.read_text())
-        assert_same_weights(finished[0], tmp_path / "run")
-
-    def test_sigterm_saves_and_goes_on(self, text, teachers, finished, tmp_path):
-        recipe, log = write_recipe(tmp_path / "run.json", text, teachers / "classifier"), tmp_path / "log"
-        process = distil(recipe, log)
-        wait_for(tmp_path / "run" / "checkpoint-4" / "trainer_state.json", process)
-        os.kill(process, signal.SIGTERM)
-        assert finish(process) == [0]
-        assert "Stopped by SIGTERM" in log.read_text() and not (tmp_path / "run" / "metrics.json").exists()
-        assert finish(distil(recipe, log)) == [0], log.read_text()
-        assert_same_weights(finished[0], tmp_path / "run")
-
-    def test_finished_sentence_teacher_started_again_trains_nothing(self, text, sentence_teacher, tmp_path):
-        output_dir, _ = distilled(tmp_path, text, sentence_teacher, max_steps=4, eval_steps=2)
-        before = load_file(output_dir / "model.safetensors")
-        again, printed = distilled(tmp_path, text, sentence_teacher, max_steps=4, eval_steps=2)
-        assert "nothing is left to train" in printed
-        after = load_file(again / "model.safetensors")
-        assert all(torch.equal(after[name], weight) for name, weight in before.items())
-
-    @pytest.mark.parametrize(
-        "change", [{"classes_weight": 0.5}, {"examples": "stretches"}, {"max_position_embeddings": 50}, {"seed": 7}]
-    )
-    def test_another_run_is_refused(self, text, teachers, finished, capfd, tmp_path, change):
-        output_dir = finished[0]
-        before = {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()}
-        recipe = write_recipe(
-            tmp_path / "again.json", text, teachers / "classifier", output_dir=str(output_dir), **change
-        )
-        assert distill_from_bert.main([recipe]) == 1
-        message = capfd.readouterr().err.splitlines()[-1]
-        assert "belongs to another run" in message and next(iter(change)) in message
-        assert {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()} == before
-
-    def test_another_teacher_is_another_run(self, text, teachers, finished, capfd, tmp_path):
-        other = tmp_path / "other"
-        labels = {0: "red", 1: "green", 2: "blue"}
-        bert = tiny_bert(BertForSequenceClassification, seed=5, vocab_size=200, id2label=labels)
-        bert.save_pretrained(other)
-        AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(other)
-        recipe = write_recipe(tmp_path / "again.json", text, other, output_dir=str(finished[0]))
-        assert distill_from_bert.main([recipe]) == 1
-        assert "belongs to another run" in capfd.readouterr().err
-
-    def test_other_rates_hold_from_the_checkpoint_on(self, text, teachers, finished, capfd, tmp_path):
-        shutil.copytree(finished[0], tmp_path / "run")
-        recipe = write_recipe(tmp_path / "run.json", text, teachers / "classifier", max_steps=16, logging_steps=1)
-        flags = ["--attention_steps", "6", "--learning_rate", "1e-4", "--lr_scheduler_type", "constant"]
-        assert distill_from_bert.main([recipe, *flags, "--attention_learning_rate", "1e-4"]) == 1
-        assert "the first stage ended at step 6" in capfd.readouterr().err
-        assert distill_from_bert.main([recipe, *flags, "--warmup_steps", "0"]) == 0
-        history = json.loads((tmp_path / "run" / "checkpoint-16" / "trainer_state.json").read_text())["log_history"]
-        rates = [record["learning_rate"] for record in history if record["step"] > 12 and "learning_rate" in record]
-        assert rates == [1e-4] * 4
-        assert "| learning_rate | 0.0001 (0.005 until step 12) |" in (tmp_path / "run" / "README.md").read_text()
-
-    def test_longer_run_does_not_go_back_to_the_first_stage(self, text, teachers, finished, capfd, tmp_path):
-        shutil.copytree(finished[0], tmp_path / "run")
-        recipe = write_recipe(tmp_path / "run.json", text, teachers / "classifier", max_steps=16)
-        assert distill_from_bert.main([recipe]) == 1
-        assert "give --attention_steps 6" in capfd.readouterr().err
-        assert distill_from_bert.main([recipe, "--attention_steps", "6"]) == 0
-        history = json.loads((tmp_path / "run" / "checkpoint-16" / "trainer_state.json").read_text())["log_history"]
-        assert [record["step"] for record in history if "attention" in record] == [3, 6]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_teachers_compute_in_float32_whatever_they_are_stored_in(teachers, sentence_teacher, tmp_path, caplog, dtype):
-    for folder in (teachers / "classifier", sentence_teacher):
-        copy = tmp_path / folder.name
-        shutil.copytree(folder, copy)
-        weights = load_file(copy / "model.safetensors")
-        save_file({name: weight.to(dtype) for name, weight in weights.items()}, copy / "model.safetensors")
-        fields = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(fields | {"dtype": str(dtype).removeprefix("torch.")}))
-    bert, _ = load_bert_and_tokenizer(str(tmp_path / "classifier"))
-    sentences = load_sentence_transformer(str(tmp_path / "sentences"))
-    for model in (bert, sentences):
-        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-
-
 def test_dry_run_writes_nothing(text, teachers, tmp_path):
     output_dir, printed = distilled(tmp_path, text, teachers / "mlm", dry_run=True)
     assert not output_dir.exists()
@@ -328,136 +183,3 @@ def test_recipe_is_complete(text, sentence_teacher, tmp_path):
     small = dict(per_device_train_batch_size=4, max_seq_length=32, dry_run=True, gradient_accumulation_steps=1)
     _, printed = distilled(tmp_path, text, sentence_teacher, **values | small)
     assert "nothing was written" in printed
-
-
-class TestMistakes:
-    """Each ends in one line that names what to change, before anything is written."""
-
-    AFTER_READING = {"per_device_train_batch_size"}  # it depends on how much text there is
-
-    def complaint(self, capfd, tmp_path, text, teacher, **values):
-        recipe = write_recipe(tmp_path / "run.json", text, teacher, **values)
-        assert distill_from_bert.main([recipe]) == 1
-        printed = capfd.readouterr().err
-        assert "Traceback" not in printed and not (tmp_path / "run").exists()
-        lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, printed
-        return lines[0]
-
-    @pytest.mark.parametrize(
-        "values, named",
-        [
-            ({"do_train": False, "do_eval": False}, "--do_train"),
-            ({"do_train": False}, "--do_train"),
-            ({"do_train": None}, "--do_train"),
-            ({"layers_weight": math.nan}, "layers_weight=nan"),
-            ({"attention_learning_rate": math.inf}, "attention_learning_rate=inf"),
-            ({"attention_steps": math.nan}, "attention_steps=nan"),
-            ({"attention_steps": 0, "attention_learning_rate": 1e-3}, "attention_learning_rate=0.001 has no effect"),
-            ({"mlm_probability": 0.3}, "mlm_probability: nothing is masked"),
-            ({"whole_word_mask": True}, "whole_word_mask: nothing is masked"),
-            ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
-            ({"metric_for_best_model": "sentences", **BEST}, "metric_for_best_model=sentences"),
-            ({"report_to": "flyte"}, "report_to=flyte"),
-            ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 1}}, "cycles"),
-            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
-            ({"max_steps": "12"}, "max_steps"),
-            ({"layers_weight": "1"}, "layers_weight"),
-            ({"max_position_embeddings": 10**12}, "GiB"),
-            (
-                {"config_overrides": {"max_position_embeddings": 60}, "max_position_embeddings": 50},
-                "config_overrides, too",
-            ),
-            ({"teacher": None}, "--teacher"),
-            ({"teacher": "nowhere"}, "nowhere"),
-            ({"teacher": "nobody/nothing"}, "nobody/nothing"),
-            ({"config_overrides": {"key_dept": 3}}, "key_dept"),
-            ({"config_overrides": {"num_lambda_queries": 5}}, "num_lambda_queries=5"),
-            ({"config_overrides": {"hidden_size": 48}}, "hidden_size=48"),
-            ({"config_overrides": "key_depth"}, "field=value"),
-            ({"max_seq_length": 41}, "teacher's max_position_embeddings=40"),
-            ({"max_position_embeddings": 20}, "student's max_position_embeddings=20"),
-            ({"max_seq_length": 2}, "max_seq_length=2"),
-            ({"examples": "words"}, "words"),
-            ({"masked_tokens_weight": 1}, "masked_tokens_weight=1"),
-            ({"sentences_weight": 1}, "sentences_weight=1"),
-            ({"layers_weight": -1}, "layers_weight=-1"),
-            ({"layers_weight": 0, "classes_weight": 0}, "Every weight is 0"),
-            ({"per_device_train_batch_size": 400}, "800 of one step"),
-            ({"attention_steps": -1}, "attention_steps=-1"),
-            ({"attention_steps": 13}, "attention_steps=13 exceeds max_steps=12"),
-            ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type=reduce_lr_on_plateau"),
-            ({"learning_rate": 0}, "learning_rate=0"),
-            ({"streaming": True, "max_steps": None}, "--max_steps"),
-            ({"lerning_rate": 1}, "lerning_rate"),
-        ],
-        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-    )
-    def test_options(self, capfd, tmp_path, text, teachers, monkeypatch, values, named):
-        read, load = [], lambdabert.training.run.load_corpus
-
-        def recorded(*args, **kwargs):
-            read.append(args)
-            return load(*args, **kwargs)
-
-        monkeypatch.setattr(lambdabert.training.run, "load_corpus", recorded)
-        teacher = values.get("teacher", teachers / "classifier")
-        options = {name: value for name, value in values.items() if name != "teacher"}
-        assert named in self.complaint(capfd, tmp_path, text, teacher, **options)
-        assert not read or set(values) & self.AFTER_READING
-
-    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-    @pytest.mark.parametrize("content", ["", "[1]", '{"model_type": "bert", "hidden_size": "wide", "model": 5}'])
-    def test_broken_files(self, capfd, tmp_path, text, teachers, name, content):
-        shutil.copytree(teachers / "classifier", tmp_path / "teacher")
-        (tmp_path / "teacher" / name).write_text(content)
-        assert str(tmp_path / "teacher") in self.complaint(capfd, tmp_path, text, tmp_path / "teacher")
-
-    @pytest.mark.parametrize(
-        "fields, named",
-        [
-            ({"is_decoder": True}, "is_decoder"),
-            ({"is_decoder": True, "add_cross_attention": True}, "is_decoder"),
-            ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
-            ({"vocab_size": 150}, "vocab_size=150"),
-            ({"vocab_size": 900}, "vocab_size=900"),
-        ],
-    )
-    def test_teachers(self, capfd, tmp_path, text, fields, named):
-        teacher = tmp_path / "teacher"
-        tiny_bert(**{"vocab_size": 200, **fields}).save_pretrained(teacher)
-        AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(teacher)
-        assert named in self.complaint(capfd, tmp_path, text, teacher)
-
-    def test_teacher_without_tokenizer(self, capfd, tmp_path, text):
-        tiny_bert().save_pretrained(tmp_path / "teacher")
-        assert "no tokenizer" in self.complaint(capfd, tmp_path, text, tmp_path / "teacher")
-
-    def test_another_architecture(self, capfd, tmp_path, text):
-        fields = dict(hidden_size=24, num_attention_heads=4, num_hidden_layers=1, intermediate_size=28, vocab_size=200)
-        RobertaModel(RobertaConfig(**fields)).save_pretrained(tmp_path / "teacher")
-        AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(tmp_path / "teacher")
-        assert "model_type='roberta'" in self.complaint(capfd, tmp_path, text, tmp_path / "teacher")
-
-    def test_broken_weights(self, capfd, tmp_path, text, teachers):
-        teacher = tmp_path / "teacher"
-        teacher.mkdir()
-        for file in (teachers / "classifier").iterdir():
-            (teacher / file.name).write_bytes(file.read_bytes()[: 2000 if file.suffix == ".safetensors" else None])
-        assert str(teacher) in self.complaint(capfd, tmp_path, text, teacher)
-
-    def test_weights_that_are_not_finite(self, capfd, tmp_path, text):
-        bert = tiny_bert(vocab_size=200)
-        bert.encoder.layer[1].output.dense.bias.data[3] = math.nan
-        bert.save_pretrained(tmp_path / "teacher")
-        AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(tmp_path / "teacher")
-        said = self.complaint(capfd, tmp_path, text, tmp_path / "teacher")
-        assert "not finite (encoder.layer.1.output.dense.bias" in said
-
-    def test_folder_of_something_else(self, capfd, tmp_path, text, teachers):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "modules.json").write_text("mine")
-        recipe = write_recipe(tmp_path / "run.json", text, teachers / "plain")
-        assert distill_from_bert.main([recipe]) == 1
-        assert "modules.json" in capfd.readouterr().err
-        assert [file.name for file in (tmp_path / "run").iterdir()] == ["modules.json"]

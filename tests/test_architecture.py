@@ -1,0 +1,58 @@
+"""Imports point one way: commands, distillation, training, text, model; and never in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = {"run_language_modeling", "distill_from_bert"}
+LAYERS = ("lambdabert.text", "lambdabert.training", "lambdabert.distillation")
+
+
+def name_of(file):
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): file for file in [*ROOT.glob("*.py"), *(ROOT / "lambdabert").rglob("*.py")]}
+
+
+def imports_of(module):
+    """The modules of the project that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)  # of flat modules, which have their siblings in a saved model's folder
+    return found & MODULES.keys() - {module}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - COMMANDS))
+def test_imports_point_one_way(module):
+    imported = imports_of(module)
+    assert not imported & COMMANDS
+    if not module.startswith("lambdabert"):
+        assert not any(name.startswith("lambdabert") for name in imported), "a saved model carries no package"
+    for i, layer in enumerate(LAYERS):
+        if module.startswith(layer):
+            assert not any(name.startswith(LAYERS[i + 1 :]) for name in imported)
+
+
+def test_no_circle_of_imports():
+    done, ongoing = set(), []
+
+    def visit(module):
+        assert module not in ongoing, " -> ".join([*ongoing[ongoing.index(module) :], module])
+        if module not in done:
+            ongoing.append(module)
+            for name in sorted(imports_of(module)):
+                visit(name)
+            done.add(ongoing.pop())
+
+    for module in MODULES:
+        visit(module)
+    assert done == MODULES.keys()

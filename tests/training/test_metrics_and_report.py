@@ -1,0 +1,48 @@
+"""Metrics from sums, baselines and curves."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+import run_language_modeling
+from lambdabert.training.metrics import example_sums, pretraining_metrics
+from lambdabert.training.report import plot_curves, unigram_baseline
+
+
+def test_evaluation_keeps_sums_instead_of_logits():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    inputs = {
+        "labels": torch.tensor([[0, 0], [-100, -100]]),
+        "attention_mask": torch.tensor([[1, 1], [1, 0]]),
+    }
+    sums = example_sums(logits, None, inputs)
+    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(1))
+    torch.testing.assert_close(sums[0, :4], torch.tensor([2.0, right + wrong, 1.0, 2.0]))
+    torch.testing.assert_close(sums[1, :4], torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    metrics = pretraining_metrics(type("Prediction", (), {"predictions": sums.numpy()}))
+    assert metrics["mlm_loss"] == metrics["loss"] == pytest.approx((right + wrong) / 2, rel=1e-6)
+    assert "sentence_loss" not in metrics
+
+
+def test_unigram_baseline(text):
+    tokenizer = run_language_modeling.load_tokenizer(text / "tokenizer")
+    cls, sep, a, b = tokenizer.cls_token_id, tokenizer.sep_token_id, 50, 60
+    train = Dataset.from_dict({"input_ids": [[cls, a, a, sep], [cls, a, sep]]})
+    evaluation = Dataset.from_dict({"input_ids": [[cls, a, b, sep]]})
+    baseline = unigram_baseline(train, evaluation, tokenizer)
+    assert baseline["unigram_entropy"] == pytest.approx(math.log(2))
+    size = len(tokenizer) + 3
+    assert baseline["unigram_cross_entropy"] == pytest.approx(-(math.log(4 / size) + math.log(1 / size)) / 2)
+    assert set(unigram_baseline(None, evaluation, tokenizer)) == {"unigram_entropy"}
+
+
+def test_curves_are_drawn_from_the_log(tmp_path):
+    history = [
+        {"step": 1, "seconds": 10.0, "mlm_loss": 5.0},
+        {"step": 2, "seconds": 20.0, "eval_mlm_loss": 4.0},
+    ]
+    assert plot_curves(history, tmp_path / "curves.png")
+    assert not plot_curves([{"step": 1, "seconds": 1.0}], tmp_path / "nothing.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]

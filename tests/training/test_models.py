@@ -1,0 +1,69 @@
+"""Loading a model to be trained further."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configuration_lambdabert import LambdaBertConfig
+from lambdabert.training.models import make_model
+from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
+from training_support import RECIPE
+
+
+class TestStoredModel:
+    """What a run starts from."""
+
+    @pytest.fixture
+    def stored(self, tmp_path):
+        """A small model and its folder."""
+        torch.manual_seed(0)
+        model = LambdaBertForMaskedLM(LambdaBertConfig(vocab_size=60, **RECIPE["config_overrides"]))
+        model.save_pretrained(tmp_path)
+        return model, tmp_path
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_computes_in_float32_whatever_it_is_stored_in(self, stored, caplog, dtype):
+        model, folder = stored
+        model.to(dtype).save_pretrained(folder)
+        with caplog.at_level("INFO"):
+            loaded = make_model(
+                LambdaBertForMaskedLM, LambdaBertConfig.from_pretrained(folder), str(folder), overridden=False
+            )
+        assert f"stored in {str(dtype).removeprefix('torch.')} and computed in float32" in caplog.text
+        assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+        for name, weight in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight.float()), name
+        loaded.save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+    def test_new_and_left_out_heads_are_named(self, stored, caplog):
+        model, folder = stored
+        with caplog.at_level("INFO"):
+            grown = make_model(LambdaBertForPreTrainingSOP, model.config, str(folder), overridden=False)
+        assert "New weights" in caplog.text and "bert.pooler.dense.weight" in caplog.text
+        grown.save_pretrained(folder)
+        with caplog.at_level("INFO"):
+            make_model(LambdaBertForMaskedLM, model.config, str(folder), overridden=False)
+        assert "Left out weights" in caplog.text and "cls.seq_relationship.weight" in caplog.text
+
+    @pytest.mark.parametrize(
+        "change, named",
+        [
+            (lambda weights: weights.pop("bert.encoder.layer.1.attention.self.to_keys.weight"), "lacks bert.encoder"),
+            (lambda weights: weights.update({"bert.encoder.layer.2.more": torch.ones(2)}), "no place for bert.encoder"),
+            (lambda weights: weights.update({"cls.predictions.bias": torch.ones(7)}), "another shape"),
+            (lambda weights: weights["cls.predictions.bias"].fill_(math.inf), r"not finite \(cls.predictions.bias"),
+        ],
+        ids=["missing", "unknown", "shape", "not finite"],
+    )
+    def test_damaged_weights_are_refused(self, stored, change, named):
+        model, folder = stored
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=named) as error:
+            make_model(LambdaBertForMaskedLM, model.config, str(folder), overridden=False)
+        assert "config_overrides" not in str(error.value), "none were given"

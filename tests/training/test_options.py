@@ -1,0 +1,89 @@
+"""The options of the pretraining command: how flags and recipes are read, and what follows from them."""
+
+from dataclasses import fields
+
+import pytest
+
+import distill_from_bert
+import run_language_modeling
+from lambdabert.training import option_rules
+from lambdabert.training.recipes import parse_overrides
+from run_language_modeling import parse_arguments
+from training_support import RECIPE, write_recipe
+
+
+def test_main_command_means_what_it_documents():
+    flags = "--output_dir=models --do_train --do_eval --eval_steps=100 --sop".split()
+    model_args, data_args, training_args = parse_arguments(flags)
+    assert (training_args.eval_strategy, training_args.eval_steps) == ("steps", 100)
+    assert (data_args.dataset_name, data_args.dataset_config_name) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert data_args.objective == "sop"
+    assert run_language_modeling.DEFAULT_TOKENIZER.endswith("bert-base-cased")
+    assert training_args.report_to == []
+
+
+@pytest.mark.parametrize("command", ["--sop", "--sop --dry_run"])
+def test_command_that_is_not_told_what_to_do_trains_and_evaluates(command):
+    _, data_args, training_args = parse_arguments(command.split())
+    assert training_args.output_dir == "models" and training_args.do_train and training_args.do_eval
+    assert (training_args.eval_strategy, training_args.eval_steps) == ("steps", 100)
+    assert data_args.objective == "sop"
+    said = " ".join(training_args.notes)
+    for taken in ("output_dir=models", "do_train=True", "do_eval=True", "eval_steps=100"):
+        assert taken in said
+
+
+def test_what_is_given_is_not_taken_as_given(tmp_path):
+    recipe = tmp_path / "r.json"
+    recipe.write_text('{"eval_strategy": "epoch"}')
+    *_, training_args = parse_arguments([str(recipe), "--output_dir", "here"])
+    assert training_args.do_train and training_args.do_eval and training_args.eval_strategy == "epoch"
+    assert training_args.output_dir == "here" and "output_dir" not in " ".join(training_args.notes)
+    *_, training_args = parse_arguments(["--do_train"])
+    assert not training_args.do_eval and training_args.eval_strategy == "no"
+
+
+def test_flags_after_a_recipe_win(tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", corpus="python-docs", max_steps=7)
+    _, data_args, training_args = parse_arguments([recipe, "--max_steps", "9", "--objective", "mlm"])
+    assert (training_args.max_steps, training_args.learning_rate) == (9, RECIPE["learning_rate"])
+    assert (data_args.objective, data_args.corpus) == ("mlm", "python-docs")
+
+
+def test_what_flags_leave_without_effect_in_a_recipe_is_told(tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json", corpus="python-docs")
+    *_, training_args = parse_arguments([recipe, "--do_eval", "false"])
+    assert any("eval_steps=6 has no effect: it needs --do_eval" in note for note in training_args.notes)
+    with pytest.raises(ValueError, match="eval_steps=7.0 has no effect"):
+        parse_arguments([recipe, "--do_eval", "false", "--eval_steps", "7"])
+
+
+def test_every_option_of_the_trainer_has_a_rule_or_works():
+    """The tables name no option that there is not: a new release of the Trainer may drop some."""
+    options = {
+        option.name
+        for group in (*run_language_modeling.ARGUMENT_GROUPS, *distill_from_bert.ARGUMENT_GROUPS)
+        for option in fields(group)
+    }
+    needy = {name for _, names in option_rules.NEEDS for name in names}
+    tables = (option_rules.REFUSED, option_rules.AT_LEAST, option_rules.ABOVE, option_rules.BELOW)
+    assert needy.union(*tables) <= options
+    assert not needy & set(option_rules.REFUSED)
+
+
+def test_help_tells_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(default: models)" in said and "(default: 16000)" in said and "(default: 0.06)" in said
+
+
+def test_overrides_are_read_as_text_and_as_an_object():
+    assert parse_overrides("hidden_size=256, local_context_size=None,lambda_norm=rms,tie_word_embeddings=False") == {
+        "hidden_size": 256,
+        "local_context_size": None,
+        "lambda_norm": "rms",
+        "tie_word_embeddings": False,
+    }
+    assert parse_overrides({"hidden_size": 256}) == {"hidden_size": 256}
+    assert parse_overrides(None) == {}
