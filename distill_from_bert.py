@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import cached_file
 
 import modeling_lambdabert
-from bert_conversion import check_bert
+from conversion_lambdabert import check_bert
 from distillation import DistillationTrainer, LossWeights, Teacher, steps_of_first_stage
 from pretraining_data import TextArguments, check_tokenizer, masking_collator
 from training_report import plot_curves, write_report

@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench_quality import digest, spread
-from bert_conversion import extend_positions
+from conversion_lambdabert import extend_positions
 from distill_from_bert import ARGUMENT_GROUPS, Distillation
 from environment import environment
 from lambda_variants import apply_variant, running_variant

@@ -64,8 +64,8 @@ MIXED_ROWS = 32
 VOCABULARY = 30522
 MASKED_SHARE = 0.15
 LOCAL_SCOPE = 25
-TESTS = ["tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_unpadding.py"]
-TESTED_PATHS = "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_unpadding"
+TESTS = ["tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_packing.py"]
+TESTED_PATHS = "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_packing"
 
 
 class ProjectionsOnly(LambdaLayer):

@@ -21,14 +21,19 @@ sys.path.insert(0, str(ROOT))
 
 from bench_speed import LOCAL_SCOPE, lambda_model, random_tokens
 
+import lambda_kernels
 import lambda_layer
 from environment import environment
 
-FUNCTIONS = {
-    "position lambda": ("local_position_lambda", "direct_position_lambda", "fft_position_lambda"),
-    "content lambda": ("content_lambda",),
-    "application to the queries": ("apply_lambdas",),
-    "norms of queries and values": ("_normalise",),
+FUNCTIONS = {  # of each part, where they are called from
+    "position lambda": (
+        (lambda_kernels, "position_lambda_within"),
+        (lambda_kernels, "fft_position_lambda"),
+        (lambda_layer, "global_position_lambda"),
+    ),
+    "content lambda": ((lambda_layer, "content_lambda"),),
+    "application to the queries": ((lambda_layer, "apply_lambdas"),),
+    "norms of queries and values": ((lambda_layer, "_normalise"),),
 }
 PARTS = [
     "feed-forward",
@@ -69,10 +74,10 @@ class Stopwatch:
         return call
 
     def watch(self, model):
-        """Times the parts of one model; the functions of `lambda_layer` stay watched until they are set back."""
-        for part, names in FUNCTIONS.items():
-            for name in names:
-                setattr(lambda_layer, name, self.timed(part, getattr(lambda_layer, name)))
+        """Times the parts of one model; the library's functions stay watched until they are set back."""
+        for part, functions in FUNCTIONS.items():
+            for module, name in functions:
+                setattr(module, name, self.timed(part, getattr(module, name)))
         model.embeddings.forward = self.timed("embeddings", model.embeddings.forward)
         for layer in model.encoder.layer:
             layer.feed_forward_chunk = self.timed("feed-forward", layer.feed_forward_chunk)
@@ -88,7 +93,7 @@ def profile(layers: int, length: int, scope: int | None, tokens: int, repeats: i
     torch.manual_seed(0)
     model = lambda_model(layers, length, scope, pretraining=False).eval()
     inputs = random_tokens(max(1, tokens // length), length)
-    functions = {name: getattr(lambda_layer, name) for names in FUNCTIONS.values() for name in names}
+    watched = [(module, name, getattr(module, name)) for part in FUNCTIONS.values() for module, name in part]
     stopwatch = Stopwatch()
     stopwatch.watch(model)
     runs = []
@@ -102,8 +107,8 @@ def profile(layers: int, length: int, scope: int | None, tokens: int, repeats: i
                 stopwatch.switch()
                 runs.append(stopwatch.seconds)
     finally:
-        for name, function in functions.items():
-            setattr(lambda_layer, name, function)
+        for module, name, function in watched:
+            setattr(module, name, function)
     return {part: statistics.median(run[part] for run in runs) * 1e3 * 4096 / inputs.numel() for part in PARTS}
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import distill_from_bert
-from bert_conversion import POSITION_TABLE
+from conversion_lambdabert import POSITION_TABLE
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
 from training_run import parse_arguments
