@@ -70,7 +70,7 @@ class LambdaBertConfig(BertConfig):
     def __post_init__(self, **kwargs):
         auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
-        # every Auto class finds its code beside the saved weights, whichever of the classes was saved
+        # every Auto class finds its code beside the saved weights, whichever class was saved
         self.auto_map = {
             "AutoConfig": "configuration_lambdabert.LambdaBertConfig",
             "AutoModel": "modeling_lambdabert.LambdaBertModel",
@@ -85,7 +85,7 @@ class LambdaBertConfig(BertConfig):
         }
         self.validate_lambda_layer()
 
-    def save_pretrained(self, save_directory: str | PathLike, **kwargs):
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Saves the config with the code that its `auto_map` names.
 
         transformers copies the file that defines a saved class, and nothing for a class from a notebook or for a config
@@ -94,12 +94,12 @@ class LambdaBertConfig(BertConfig):
         here, folder = Path(__file__).parent, Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         named = {str(reference).partition(".")[0] for reference in self.auto_map.values()}
-        for file in (here / f"{module}.py" for module in named):
+        for file in (here / f"{module}.py" for module in named):  # others are a subclass's, or on the hub
             for source in (file, *map(Path, get_relative_import_files(file))) if file.is_file() else ():
                 target = folder / source.name
                 if not (target.exists() and target.samefile(source)):
                     shutil.copyfile(source, target)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def longest_sequence(self) -> int | None:
@@ -107,7 +107,7 @@ class LambdaBertConfig(BertConfig):
         unlimited = self.position_embedding_type == "none" and self.local_context_size is not None
         return None if unlimited else self.max_position_embeddings
 
-    def validate_lambda_layer(self):
+    def validate_lambda_layer(self) -> None:
         """Checks that the fields together make a model, BERT's own among them."""
         for (lowest, bound), fields in RANGES.items():
             for field in fields:

@@ -19,8 +19,8 @@ from transformers import BertConfig, BertModel, SchedulerType, TrainerState, set
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import modeling_lambdabert
-from bert_conversion import converted_config
 from configuration_lambdabert import LambdaBertConfig
+from conversion_lambdabert import converted_config
 from lambdabert.distillation.loading import STUDENTS, load_teacher, weights_hash
 from lambdabert.distillation.stages import steps_of_first_stage
 from lambdabert.distillation.teacher import LossWeights, Teacher

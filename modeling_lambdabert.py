@@ -11,7 +11,9 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import reduce, wraps
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +37,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertPreTrainedModel,
+    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
@@ -57,21 +60,23 @@ from transformers.utils.generic import can_return_tuple, find_labels
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
-    from .bert_conversion import convert_weights, converted_config, load_bert
     from .configuration_lambdabert import LambdaBertConfig
-    from .lambda_layer import LambdaLayer, as_a_whole, as_token_mask
-    from .unpadding import Packing
+    from .conversion_lambdabert import convert_weights, converted_config, load_bert
+    from .lambda_kernels import as_a_whole
+    from .lambda_layer import LambdaLayer, as_token_mask
+    from .packing_lambdabert import Packing, Padded, lay_out
 except ImportError:
     if __package__:
         raise
-    from bert_conversion import convert_weights, converted_config, load_bert
     from configuration_lambdabert import LambdaBertConfig
-    from lambda_layer import LambdaLayer, as_a_whole, as_token_mask
-    from unpadding import Packing
+    from conversion_lambdabert import convert_weights, converted_config, load_bert
+    from lambda_kernels import as_a_whole
+    from lambda_layer import LambdaLayer, as_token_mask
+    from packing_lambdabert import Packing, Padded, lay_out
 
 logger = logging.getLogger(__name__)
 
-# what every model takes besides the arguments that its forward names: transformers and the tools around it pass these
+# what every model accepts besides the arguments that its forward names; transformers and the tools around it pass these
 KEYWORD_ARGUMENTS = {
     "num_items_in_batch",
     "output_attentions",
@@ -80,13 +85,13 @@ KEYWORD_ARGUMENTS = {
     "use_cache",
 }
 
-FEED_FORWARD_TILE = 512  # tokens; their intermediate states fit into memory that is reused, a whole batch's do not
+FEED_FORWARD_TILE = 512  # tokens, few enough for their intermediate states to reuse the same memory
 
 
 def refuses_unknown_arguments(forward: Callable) -> Callable:
-    """Decorates a `forward` to refuse keyword arguments that it cannot use, a label of another task above all.
+    """Makes a `forward` refuse keyword arguments that it cannot use, above all the label of another task.
 
-    An argument that is None counts as not given. The signature names no `**kwargs`, because tools that find it pass on
+    An argument that is None counts as not given. The signature shows no `**kwargs`: tools that find one there pass on
     whatever they have.
     """
     signature = inspect.signature(forward)
@@ -103,7 +108,7 @@ def refuses_unknown_arguments(forward: Callable) -> Callable:
             )
         return forward(self, *args, **{name: value for name, value in kwargs.items() if name in known})
 
-    checked.__signature__ = signature.replace(parameters=named)
+    checked.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return checked
 
 
@@ -117,7 +122,7 @@ class LambdaBertModelOutput(ModelOutput):
     lambda_params: every layer's content lambda, [B, K, V] each, if asked for.
     """
 
-    last_hidden_state: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor
     pooler_output: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     lambda_params: tuple[torch.Tensor, ...] | None = None
@@ -168,20 +173,26 @@ class LambdaBertQuestionAnsweringOutput(ModelOutput):
 class LambdaBertEmbeddings(BertEmbeddings):
     """BERT's embeddings of words, segments and, unless `position_embedding_type="none"`, positions."""
 
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         if config.position_embedding_type == "none":
-            self.position_embeddings = None
+            self.position_embeddings = None  # type: ignore[assignment]
 
-    def forward(self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None):
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if self.position_embeddings is not None:
-            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds)
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds)  # type: ignore[arg-type]
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if token_type_ids is None:
             token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
         return self.dropout(self.LayerNorm(words + self.token_type_embeddings(token_type_ids)))
 
-    def check_positions(self, length: int, position_ids: torch.Tensor | None):
+    def check_positions(self, length: int, position_ids: torch.Tensor | None) -> None:
         """Refuses N = `length` tokens, or `position_ids` [B, N], that the position table does not hold."""
         if self.position_embeddings is None:
             return
@@ -205,20 +216,25 @@ class LambdaBertEmbeddings(BertEmbeddings):
 class LambdaBertAttention(BertAttention):
     """A lambda layer, its output projection and the residual."""
 
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         nn.Module.__init__(self)  # BertAttention's own would build self-attention
         self.self = LambdaLayer(config)
         self.output = BertSelfOutput(config)
-        # a branch that starts small, as GPT-2's: at BERT's size, a new model learns context later (docs/results.md)
+        # a small start, as in GPT-2; at BERT's size, a new model otherwise learns context later (docs/results.md)
         self.output.dense.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
-    def forward(self, hidden_states, attention_mask=None, packing=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packing: Packing | Padded | None = None,
+    ) -> torch.Tensor:
         context, _ = self.self(hidden_states, attention_mask, packing)
         return self.output(context, hidden_states)
 
 
 class LambdaBertLayer(BertLayer):
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         nn.Module.__init__(self)
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
         self.seq_len_dim = 1
@@ -226,7 +242,12 @@ class LambdaBertLayer(BertLayer):
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
 
-    def forward(self, hidden_states, attention_mask=None, packing=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packing: Packing | Padded | None = None,
+    ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask, packing)
         if self.chunk_size_feed_forward or as_a_whole(hidden_states) or self._has_hooks():
             return apply_chunking_to_forward(
@@ -236,18 +257,23 @@ class LambdaBertLayer(BertLayer):
         return torch.cat([self.feed_forward_chunk(tile) for tile in tiles]).view_as(hidden_states)
 
     def _has_hooks(self) -> bool:
-        """Whether somebody looks into the feed-forward layers, and then wants to see whole sequences."""
+        """Whether hooks watch the feed-forward layers, which then get whole sequences."""
         modules = (*self.intermediate.modules(), *self.output.modules())
         return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class LambdaBertEncoder(BertEncoder):
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         nn.Module.__init__(self)
         self.config = config
         self.layer = nn.ModuleList([LambdaBertLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states, attention_mask=None, packing=None):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        packing: Packing | Padded | None = None,
+    ) -> BaseModelOutput:
         for layer in self.layer:
             hidden_states = layer(hidden_states, attention_mask, packing)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -256,8 +282,8 @@ class LambdaBertEncoder(BertEncoder):
 class FullPrecisionLayerNorm(nn.LayerNorm):
     """Layer norm with statistics in float32 at least.
 
-    On a CPU, torch keeps the statistics in the inputs' precision. In float16 the scale of a row of equal numbers, which
-    padding becomes on its way to an MLM head, is then infinite, and the gradients are NaN.
+    On a CPU, torch keeps the statistics in the precision of the inputs. In float16, the scale of a row of equal numbers
+    is then infinite and its gradient NaN, and padding is such a row in an MLM head.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -267,7 +293,9 @@ class FullPrecisionLayerNorm(nn.LayerNorm):
 
 
 class LambdaBertPreTrainedModel(BertPreTrainedModel):
-    """Base of all models: weights' initialisation, loading and saving, and which outputs can be recorded."""
+    """Base of all models: how weights start, load and are saved, and which outputs can be recorded."""
+
+    bert: Any  # the LambdaBertModel of a model with a head
 
     config_class = LambdaBertConfig
     base_model_prefix = "bert"
@@ -279,7 +307,7 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
     accepts_loss_kwargs = True  # the Trainer then gives num_items_in_batch
     _can_record_outputs = {"hidden_states": LambdaBertLayer, "lambda_params": LambdaLayer}
 
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         config.validate()  # fields may have been set after the config was made
         BertPreTrainedModel.__init__(self, config)  # not the Bert class's own, which would build self-attention
 
@@ -288,16 +316,17 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
         return self.bert(*inputs, **kwargs | {"return_dict": True})
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LambdaLayer):
             module.reset_parameters()
-        elif hasattr(module, "init_std"):  # a projection into or out of a lambda layer; one alone may be missing
-            init.normal_(module.weight, std=module.init_std)
+        elif isinstance(module, nn.Linear) and hasattr(module, "init_std"):
+            # a projection into or out of a lambda layer; one alone may be missing
+            init.normal_(module.weight, std=module.init_std)  # type: ignore[arg-type]
 
     @classmethod
-    def from_bert(cls, bert, **lambda_settings):
-        """Turns a trained BERT into a LambdaBERT, to be trained further: its lambda layers know nothing yet.
+    def from_bert(cls, bert: PreTrainedModel | str | PathLike, **lambda_settings) -> "LambdaBertPreTrainedModel":
+        """Turns a trained BERT into a LambdaBERT, to be trained further: its lambda layers have learned nothing yet.
 
         Embeddings, feed-forward layers, norms, pooler and head are copied, and so are the config's fields. A pooler or
         head that the BERT lacks starts at random, as in `from_pretrained`. The log and `conversion_report` of the model
@@ -320,7 +349,7 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
         bert_class = next(base for base in cls.__mro__ if base.__module__ == BertModel.__module__)
         teacher, missing = load_bert(bert, bert_class)
         model = cls(converted_config(teacher.config, cls.config_class, lambda_settings))
-        model.to(device=teacher.device, dtype=teacher.dtype)
+        model.to(device=teacher.device, dtype=teacher.dtype)  # type: ignore[call-arg]
         model.conversion_report = convert_weights(teacher, model, missing)
         logger.warning(f"{cls.__name__} from {type(teacher).__name__}:\n{model.conversion_report}")
         return model.eval()
@@ -334,15 +363,15 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         add_pooling_layer: whether `pooler_output` is computed.
     """
 
-    def __init__(self, config, add_pooling_layer=True):
+    def __init__(self, config: LambdaBertConfig, add_pooling_layer: bool = True):
         super().__init__(config)
-        self.embeddings = LambdaBertEmbeddings(config)
+        self.embeddings: LambdaBertEmbeddings = LambdaBertEmbeddings(config)
         self.encoder = LambdaBertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         is_being_loaded = getattr(self.embeddings.word_embeddings.weight, "_is_hf_initialized", False)
         if is_being_loaded and self.pooler is not None and module is self.pooler.dense:
@@ -378,51 +407,46 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 other than 0 and 1; no token, or more than the config's `longest_sequence`; attention weights asked for;
                 a keyword argument that the model cannot use.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, **kwargs)
+        token_mask = as_token_mask(attention_mask, tokens)
+        layout = lay_out(token_mask, self._may_pack(tokens, **kwargs))
+        hidden_states = self.embeddings(
+            input_ids=layout.pack(input_ids),
+            token_type_ids=layout.pack(token_type_ids),
+            position_ids=layout.position_ids(position_ids),
+            inputs_embeds=layout.pack(inputs_embeds),
+        )
+        hidden_states = self.encoder(hidden_states, layout.attention_mask, layout).last_hidden_state
+        hidden_states = layout.unpack(hidden_states)
+        pooler_output = None
+        if self.pooler is not None:
+            pooler_output = self.pooler(_first_token(hidden_states, layout.token_mask))
+        return LambdaBertModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
+
+    def _check_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Refuses what cannot be encoded, before any look-up, and returns the tokens [B, N] or embeddings [B, N, D]."""
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if kwargs.get("output_attentions", self.config.output_attentions):
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
                 "output_attentions=True: a lambda layer has no attention weights; its content lambdas are returned "
                 "with output_lambda_params=True."
             )
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        batch, length = tokens.shape[:2]
-        self.embeddings.check_positions(length, position_ids)
-        token_mask = as_token_mask(attention_mask, batch, length)
-        packing = None
-        if token_mask is not None:
-            token_mask = token_mask.to(tokens.device)
-            if self._may_pack(token_mask, **kwargs):
-                if token_mask.all():
-                    token_mask = None
-                elif token_mask.any():
-                    packing = Packing(token_mask)
+        self.embeddings.check_positions(tokens.shape[1], position_ids)
+        return tokens
 
-        inputs = {
-            "input_ids": input_ids,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        if packing is not None:
-            positions = torch.arange(length, device=tokens.device)[None] if position_ids is None else position_ids
-            inputs["position_ids"] = positions.expand(batch, length)
-            inputs = {name: None if value is None else packing.pack(value) for name, value in inputs.items()}
-            hidden_states = self.encoder(self.embeddings(**inputs), packing=packing).last_hidden_state
-            hidden_states = packing.unpack(hidden_states)
-        else:
-            hidden_states = self.encoder(self.embeddings(**inputs), token_mask).last_hidden_state
-            if token_mask is not None:
-                hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
-        pooler_output = None
-        if self.pooler is not None:
-            pooler_output = self.pooler(_first_token(hidden_states, token_mask))
-        return LambdaBertModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
-
-    def _may_pack(self, token_mask: torch.Tensor, **kwargs) -> bool:
-        """Whether padding may be left out: hidden states keep it, and so do graphs that serve other masks as well."""
-        of_one_mask = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not token_mask.is_meta
-        keeps_layout = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+    def _may_pack(self, tokens: torch.Tensor, output_hidden_states: bool | None = None, **kwargs) -> bool:
+        """Whether padding may be left out: not from hidden states, nor in a graph that serves other masks as well."""
+        of_one_mask = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not tokens.is_meta
+        keeps_layout = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward
 
 
@@ -470,9 +494,9 @@ def _masked_lm(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """MLM logits [B, N, vocab_size] and loss.
 
-    A training step that gives `num_items_in_batch`, as the Trainer's does, wants nothing but the loss: the head, the
-    largest product of a small model, then sees only the M masked tokens, and the logits are [M, vocab_size]. (A
-    compiled graph needs a fixed number of tokens and computes them all.)
+    A training step that gives `num_items_in_batch`, as the Trainer's does, needs nothing but the loss: the head, the
+    largest product of a small model, is then applied to the M masked tokens alone, and the logits are [M, vocab_size].
+    (A compiled graph needs a fixed number of tokens and computes them all.)
 
     Args:
         head: maps [..., D] to [..., vocab_size].
@@ -497,7 +521,7 @@ def _sentence_loss(
 ) -> torch.Tensor:
     """Mean cross entropy of the sentence task over the pairs of a batch.
 
-    Under gradient accumulation the number of pairs in the whole step is not known here, only that of masked tokens.
+    Under gradient accumulation, the number of masked tokens in the whole step is known here, but not that of pairs.
     Each pair then counts in proportion to its masked tokens, so that micro-batches still add up exactly.
 
     Args:
@@ -515,7 +539,7 @@ def _sentence_loss(
 class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
     """What the two pretraining models share; use `LambdaBertForPreTrainingNSP` or `LambdaBertForPreTrainingSOP`."""
 
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         self.bert = LambdaBertModel(config)
         self.cls = BertPreTrainingHeads(config)
@@ -535,7 +559,7 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         num_items_in_batch: torch.Tensor | int | None,
         **kwargs,
     ) -> LambdaBertForPreTrainingOutput:
-        """Output and losses; `sentence_loss` is the name in the output of that of `sentence_label`."""
+        """Output and losses; the loss of `sentence_label` is called `sentence_loss` in the output."""
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         prediction_logits, mlm_loss = _masked_lm(
             self.cls.predictions, outputs.last_hidden_state, labels, num_items_in_batch
@@ -547,7 +571,7 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         if sentence_label is not None:
             parts[sentence_loss] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
         return LambdaBertForPreTrainingOutput(
-            loss=sum(parts.values()) if parts else None,
+            loss=reduce(torch.add, parts.values()) if parts else None,
             prediction_logits=prediction_logits,
             seq_relationship_logits=sentence_logits,
             hidden_states=outputs.hidden_states,
@@ -612,15 +636,9 @@ class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
         return self._pretrain(*inputs, labels, "sop_loss", sentence_order_label, num_items_in_batch, **kwargs)
 
 
-class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
-    """Masked language modelling, tied to the word embeddings."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.bert = LambdaBertModel(config, add_pooling_layer=False)
-        self.cls = BertOnlyMLMHead(config)
-        self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_init()
+class LambdaBertHeadModel(LambdaBertPreTrainedModel):
+    """What the models with one head share: inputs, `labels` and output. Each says its logits, and its loss where that
+    is not the cross entropy."""
 
     @can_return_tuple
     @refuses_unknown_arguments
@@ -635,14 +653,14 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> tuple | LambdaBertHeadOutput:
-        """Predicts masked tokens: logits [B, N, vocab_size]; inputs as in `LambdaBertModel`.
+        """Applies the head to the encoder's output; inputs as in `LambdaBertModel`.
 
         Args:
-            labels: [B, N], the token at masked places, -100 elsewhere.
+            labels: as the class says; None = no loss.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits, loss = _masked_lm(self.cls, outputs.last_hidden_state, labels, num_items_in_batch)
+        logits, loss = self._logits_and_loss(outputs, labels, num_items_in_batch)
         return LambdaBertHeadOutput(
             loss=loss,
             logits=logits,
@@ -650,54 +668,75 @@ class LambdaBertForMaskedLM(LambdaBertPreTrainedModel, BertForMaskedLM):
             lambda_params=outputs.lambda_params,
         )
 
+    def _logits_and_loss(
+        self,
+        outputs: LambdaBertModelOutput,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits = self._logits(outputs)
+        return logits, None if labels is None else self._loss(logits, labels, num_items_in_batch)
 
-class LambdaBertForNextSentencePrediction(LambdaBertPreTrainedModel, BertForNextSentencePrediction):
-    """Next sentence prediction alone."""
+    def _logits(self, outputs: LambdaBertModelOutput) -> torch.Tensor:
+        raise NotImplementedError
 
-    def __init__(self, config):
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        return _label_loss(logits, labels, num_items_in_batch)
+
+
+class LambdaBertForMaskedLM(LambdaBertHeadModel, BertForMaskedLM):
+    """Masked language modelling, tied to the word embeddings: logits [B, N, vocab_size].
+
+    `labels` are [B, N], the token at masked places, -100 elsewhere.
+    """
+
+    def __init__(self, config: LambdaBertConfig):
+        super().__init__(config)
+        self.bert = LambdaBertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _logits_and_loss(
+        self,
+        outputs: LambdaBertModelOutput,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _masked_lm(self.cls, outputs.last_hidden_state, labels, num_items_in_batch)
+
+
+class LambdaBertForNextSentencePrediction(LambdaBertHeadModel, BertForNextSentencePrediction):
+    """Next sentence prediction alone, whether segment B follows segment A: logits [B, 2].
+
+    `labels` are [B], 0 = B follows A, 1 = B is random.
+    """
+
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         self.bert = LambdaBertModel(config)
         self.cls = BertOnlyNSPHead(config)
         self.post_init()
 
-    @can_return_tuple
-    @refuses_unknown_arguments
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> tuple | LambdaBertHeadOutput:
-        """Predicts whether segment B follows segment A: logits [B, 2]; inputs as in `LambdaBertModel`.
-
-        Args:
-            labels: [B], 0 = B follows A, 1 = B is random.
-            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
-        """
-        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = self.cls(outputs.pooler_output)
-        return LambdaBertHeadOutput(
-            loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            lambda_params=outputs.lambda_params,
-        )
+    def _logits(self, outputs: LambdaBertModelOutput) -> torch.Tensor:
+        return self.cls(outputs.pooler_output)
 
 
-def _classifier_dropout(config) -> nn.Dropout:
+def _classifier_dropout(config: LambdaBertConfig) -> nn.Dropout:
     given = config.classifier_dropout
     return nn.Dropout(config.hidden_dropout_prob if given is None else given)
 
 
-class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequenceClassification):
-    """Classification or regression of whole sequences from the pooled output."""
+class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceClassification):
+    """Classification or regression of whole sequences from the pooled output: logits [B, num_labels].
 
-    def __init__(self, config):
+    `labels` are [B] classes (cross entropy); [B, num_labels] of 0 and 1 (binary cross entropy each); or, with one
+    label, [B] numbers (squared error). `config.problem_type` decides, and is set from the first labels unless given.
+    """
+
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = LambdaBertModel(config)
@@ -705,36 +744,12 @@ class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequ
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    @refuses_unknown_arguments
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> tuple | LambdaBertHeadOutput:
-        """Classifies sequences: logits [B, num_labels]; inputs as in `LambdaBertModel`.
+    def _logits(self, outputs: LambdaBertModelOutput) -> torch.Tensor:
+        return self.classifier(self.dropout(outputs.pooler_output))
 
-        Args:
-            labels: [B] classes (cross entropy); [B, num_labels] of 0 and 1 (binary cross entropy each); or, with one
-                label, [B] numbers (squared error). `config.problem_type` decides, and is set from the labels at first.
-            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
-        """
-        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output))
-        return LambdaBertHeadOutput(
-            loss=self._loss(logits, labels, num_items_in_batch) if labels is not None else None,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            lambda_params=outputs.lambda_params,
-        )
-
-    def _loss(self, logits, labels, num_items_in_batch):
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
         if self.config.problem_type is None:
             if self.num_labels == 1:
                 self.config.problem_type = "regression"
@@ -750,10 +765,13 @@ class LambdaBertForSequenceClassification(LambdaBertPreTrainedModel, BertForSequ
         return _mean(loss(logits, labels, reduction="none"), count)
 
 
-class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenClassification):
-    """Classification of every token."""
+class LambdaBertForTokenClassification(LambdaBertHeadModel, BertForTokenClassification):
+    """Classification of every token: logits [B, N, num_labels].
 
-    def __init__(self, config):
+    `labels` are [B, N], the class of each token, -100 where it does not count.
+    """
+
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = LambdaBertModel(config, add_pooling_layer=False)
@@ -761,37 +779,12 @@ class LambdaBertForTokenClassification(LambdaBertPreTrainedModel, BertForTokenCl
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    @refuses_unknown_arguments
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> tuple | LambdaBertHeadOutput:
-        """Classifies tokens: logits [B, N, num_labels]; inputs as in `LambdaBertModel`.
-
-        Args:
-            labels: [B, N], the class of each token, -100 where it does not count.
-            num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
-        """
-        outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        return LambdaBertHeadOutput(
-            loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            lambda_params=outputs.lambda_params,
-        )
+    def _logits(self, outputs: LambdaBertModelOutput) -> torch.Tensor:
+        return self.classifier(self.dropout(outputs.last_hidden_state))
 
 
 def _within_tokens(positions: torch.Tensor, logits: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """The labels `positions` [B] of logits [B, N], -100 where they are not the place of a token.
+    """The labels `positions` [B] of logits [B, N], with -100 for those at which no token stands.
 
     Args:
         padding: bool [B, N], True = padding; None = all are tokens.
@@ -807,7 +800,7 @@ def _within_tokens(positions: torch.Tensor, logits: torch.Tensor, padding: torch
 class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionAnswering):
     """Extractive question answering: the first and the last token of the answer."""
 
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         self.bert = LambdaBertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
@@ -829,9 +822,9 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
         """Finds the answer's ends; inputs as in `LambdaBertModel`.
 
         Args:
-            start_positions: [B], the answer's first token. One that is no token of the row, because the answer was
-                truncated away or in padding, does not count in the loss.
-            end_positions: [B], the answer's last token, likewise.
+            start_positions: [B], the place of the answer's first token. A place at which the row has no token, because
+                it is padding or beyond a truncated row, does not count in the loss.
+            end_positions: [B], that of its last token, likewise.
         """
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
@@ -841,10 +834,9 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            ends = ((start_logits, start_positions), (end_logits, end_positions))
-            loss = sum(
-                _label_loss(logits, _within_tokens(positions, logits, padding)) / 2 for logits, positions in ends
-            )
+            start_loss = _label_loss(start_logits, _within_tokens(start_positions, start_logits, padding))
+            end_loss = _label_loss(end_logits, _within_tokens(end_positions, end_logits, padding))
+            loss = (start_loss + end_loss) / 2
         return LambdaBertQuestionAnsweringOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -857,7 +849,7 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
 class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoice):
     """Choice among C sequences, each scored from its pooled output."""
 
-    def __init__(self, config):
+    def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
         self.bert = LambdaBertModel(config)
         self.dropout = _classifier_dropout(config)
@@ -883,9 +875,9 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
             labels: [B], the index of the right choice.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        batch, choices = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self._encode(*(i.flatten(0, 1) if i is not None else None for i in inputs), **kwargs)
+        outputs = self._encode(*(None if given is None else given.flatten(0, 1) for given in inputs), **kwargs)
+        batch, choices = next(tokens.shape[:2] for tokens in (input_ids, inputs_embeds) if tokens is not None)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
         return LambdaBertHeadOutput(
             loss=_label_loss(logits, labels, num_items_in_batch) if labels is not None else None,
@@ -910,11 +902,11 @@ for auto_class, models in _AUTO_CLASSES.items():
     for model in models if isinstance(models, tuple) else (models,):
         model.register_for_auto_class(auto_class.__name__)
 
-if not __package__:  # a saved model's own copy of this file is found through its config's auto_map instead
+if not __package__:  # the copy in a saved model's folder is found through its config's auto_map instead
     AutoConfig.register(LambdaBertConfig.model_type, LambdaBertConfig)
     for auto_class, models in _AUTO_CLASSES.items():
-        # of several classes, the one that the config's `architectures` names is built
-        auto_class._model_mapping.register(LambdaBertConfig, models)
+        # where there are several classes, the config's `architectures` names the one to build
+        auto_class._model_mapping.register(LambdaBertConfig, models)  # type: ignore[attr-defined]
 
 __all__ = [
     "LambdaBertForMaskedLM",

@@ -58,7 +58,7 @@ from benchmarks.runs import (
     seeds,
     write_options,
 )
-from bert_conversion import extend_positions
+from conversion_lambdabert import extend_positions
 from distill_from_bert import ARGUMENT_GROUPS, Distillation
 from lambdabert.training.arguments import parse_arguments
 from lambdabert.training.command import set_up_logging

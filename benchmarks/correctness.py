@@ -8,8 +8,8 @@ from benchmarks.environment import ROOT
 
 # files of tests, and the expression that picks from them (pytest's -k)
 LAYER_TESTS = (
-    ("tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_unpadding.py"),
-    "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_unpadding",
+    ("tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_packing.py"),
+    "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_packing",
 )
 TEXT_TESTS = (("tests/text",), "not streaming")
 

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import torch
 
+import lambda_kernels
 import lambda_layer
 from benchmarks.calls import random_tokens
 from benchmarks.correctness import LAYER_TESTS, require_passing_tests
@@ -29,11 +30,15 @@ from benchmarks.environment import environment
 from benchmarks.report import markdown_table, write_json
 
 REPORTED_TOKENS = 4096
-FUNCTIONS = {
-    "position lambda": ("local_position_lambda", "direct_position_lambda", "fft_position_lambda"),
-    "content lambda": ("content_lambda",),
-    "application to the queries": ("apply_lambdas",),
-    "norms of queries and values": ("_normalise",),
+FUNCTIONS = {  # of each part, where they are called from
+    "position lambda": (
+        (lambda_kernels, "position_lambda_within"),
+        (lambda_kernels, "fft_position_lambda"),
+        (lambda_layer, "global_position_lambda"),
+    ),
+    "content lambda": ((lambda_layer, "content_lambda"),),
+    "application to the queries": ((lambda_layer, "apply_lambdas"),),
+    "norms of queries and values": ((lambda_layer, "_normalise"),),
 }
 PARTS = [
     "feed-forward",
@@ -84,11 +89,11 @@ class PartStopwatch:
         return call
 
     def watch_functions(self) -> ExitStack:
-        """A context in which the functions of `lambda_layer` are timed."""
+        """A context in which the library's functions are timed."""
         stack = ExitStack()
-        for part, names in FUNCTIONS.items():
-            for name in names:
-                stack.enter_context(patch.object(lambda_layer, name, self.timed(part, getattr(lambda_layer, name))))
+        for part, functions in FUNCTIONS.items():
+            for module, name in functions:
+                stack.enter_context(patch.object(module, name, self.timed(part, getattr(module, name))))
         return stack
 
     def watch_modules(self, model: Any) -> None:

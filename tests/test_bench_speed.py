@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import lambda_layer
 from benchmarks import precision, profile_layer, speed
 from benchmarks.calls import MIXED_ROWS, mixed_lengths
 from benchmarks.encoders import ROWS, floor_model, runs, split_name
@@ -69,11 +68,11 @@ def test_floor_projects_and_mixes_nothing():
 
 
 def test_profile_watches_functions_that_are_called_and_sets_them_back():
-    names = [name for group in profile_layer.FUNCTIONS.values() for name in group]
-    before = [getattr(lambda_layer, name) for name in names]
+    functions = [function for group in profile_layer.FUNCTIONS.values() for function in group]
+    before = [getattr(module, name) for module, name in functions]
     local = profile_layer.profile(layers=1, length=16, scope=25, tokens=32, repeats=2)
     whole = profile_layer.profile(layers=1, length=16, scope=None, tokens=32, repeats=2)
-    assert [getattr(lambda_layer, name) for name in names] == before
+    assert [getattr(module, name) for module, name in functions] == before
     for result in (local, whole):
         assert list(result) == profile_layer.PARTS
         assert all(milliseconds > 0 for milliseconds in result.values())

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lambda_kernels
 import lambda_layer
 import reference
 from lambda_layer import LambdaLayer
 from modeling_lambdabert import LambdaBertModel
-from unpadding import Packing
+from packing_lambdabert import Packing
 
 NORMS = ["none", "layer", "rms", "batch"]
 SCOPES = [1, 3, 25, None]
@@ -175,10 +176,10 @@ class TestTiles:
     @pytest.mark.parametrize("fft_tile, tile", [(1, 1), (40, 3), (200, 8), (2**20, 256)])
     @pytest.mark.parametrize("scope", [1, 3, 25, None])
     def test_definition(self, make_config, monkeypatch, scope, fft_tile, tile, kind):
-        monkeypatch.setattr(lambda_layer, "TILE", tile)
-        monkeypatch.setattr(lambda_layer, "FFT_TILE", fft_tile)
-        monkeypatch.setattr(lambda_layer, "FFT_DEPTHS", 1)
-        monkeypatch.setattr(lambda_layer, "DIRECT_LENGTH", 0)
+        monkeypatch.setattr(lambda_kernels, "TILE", tile)
+        monkeypatch.setattr(lambda_kernels, "FFT_TILE", fft_tile)
+        monkeypatch.setattr(lambda_kernels, "FFT_DEPTHS", 1)
+        monkeypatch.setattr(lambda_kernels, "DIRECT_LENGTH", 0)
         config = layer_config(make_config, local_context_size=scope)
         layer = random_layer(config)
         hidden_states = torch.randn(3, 17, config.hidden_size, dtype=torch.float64)
@@ -244,25 +245,20 @@ def reference_position_lambda(values, relative_embeddings, scope):
     return torch.tensor(result, dtype=torch.float64)
 
 
-def local_position_lambda(values, table):
-    reach = len(table) // 2
-    return lambda_layer.local_position_lambda(F.pad(values, (0, 0, 0, 0, reach, reach)), table)
-
-
 POSITION_LAMBDAS = {
-    "local": local_position_lambda,
-    "convolved": lambda_layer.convolved_position_lambda,
-    "direct": lambda_layer.direct_position_lambda,
-    "fft": lambda_layer.fft_position_lambda,
+    "local": lambda_layer.local_position_lambda,
+    "toeplitz": lambda_kernels.toeplitz_position_lambda,
+    "global": lambda_layer.global_position_lambda,
+    "fft": lambda_kernels.fft_position_lambda,
 }
 
 
 class TestPositionLambda:
-    """The four ways of computing the position lambda; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
+    """By two formulas and two faster ways; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
 
     @pytest.mark.parametrize("length", LENGTHS)
     @pytest.mark.parametrize("size", [1, 3, 25])
-    @pytest.mark.parametrize("name", ["local", "convolved"])
+    @pytest.mark.parametrize("name", ["local", "toeplitz"])
     def test_local(self, name, size, length):
         torch.manual_seed(0)
         values = torch.randn(2, length, 3, 2, dtype=torch.float64)
@@ -270,7 +266,7 @@ class TestPositionLambda:
         expected = reference_position_lambda(values, table, size)
         torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("name", ["direct", "fft"])
+    @pytest.mark.parametrize("name", ["global", "fft"])
     @pytest.mark.parametrize("limit", [63, 100])
     @pytest.mark.parametrize("length", LENGTHS)
     def test_global(self, name, limit, length):
@@ -281,14 +277,14 @@ class TestPositionLambda:
         torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("length", [1, 5, 64])
-    def test_direct_and_fft_have_the_same_gradients(self, length):
+    def test_global_and_fft_have_the_same_gradients(self, length):
         torch.manual_seed(0)
         values = torch.randn(2, length, 3, 2, dtype=torch.float64, requires_grad=True)
         table = torch.randn(2 * 64 - 1, 4, 2, dtype=torch.float64, requires_grad=True)
         weights = torch.randn(2, length, 4, 3, dtype=torch.float64)
         gradients = [
             torch.autograd.grad((function(values, table) * weights).sum(), (values, table))
-            for function in (lambda_layer.direct_position_lambda, lambda_layer.fft_position_lambda)
+            for function in (lambda_layer.global_position_lambda, lambda_kernels.fft_position_lambda)
         ]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
@@ -305,7 +301,7 @@ class TestPositionLambda:
         """Moving all values by `shift` places moves the position lambdas with them."""
         torch.manual_seed(0)
         function = POSITION_LAMBDAS[name]
-        table = torch.randn(9 if name in ("local", "convolved") else 2 * 32 - 1, 4, 2, dtype=torch.float64)
+        table = torch.randn(9 if name in ("local", "toeplitz") else 2 * 32 - 1, 4, 2, dtype=torch.float64)
         values = F.pad(torch.randn(1, 10, 3, 2, dtype=torch.float64), (0, 0, 0, 0, 0, 14))
         moved = torch.roll(values, shift, dims=1)
         torch.testing.assert_close(

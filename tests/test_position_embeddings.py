@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from bert_conversion import POSITION_TABLE
 from configuration_lambdabert import LambdaBertConfig
+from conversion_lambdabert import POSITION_TABLE
 from modeling_lambdabert import LambdaBertModel
 
 SCOPES = [5, None]

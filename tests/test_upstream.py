@@ -73,8 +73,8 @@ PRIVATE = {
     ),
     "_is_hf_initialized": (
         lambda: '"_is_hf_initialized"' in source(initialization),
-        "LambdaBertModel knows by it that weights are being loaded; a pooler that a checkpoint lacks would differ between "
-        "processes, and with it the predictions of an adapter above it.",
+        "LambdaBertModel knows by it that weights are being loaded; a pooler that a checkpoint lacks would differ "
+        "between processes, and with it the predictions of an adapter above it.",
     ),
     "_no_split_modules": (
         lambda: "_no_split_modules" in source(PreTrainedModel),

@@ -8,7 +8,7 @@ import transformers
 from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from bert_conversion import check_bert
+from conversion_lambdabert import check_bert
 from lambdabert.distillation.teacher import Teacher
 from lambdabert.text.tokenizers import check_tokenizer
 from lambdabert.training.models import non_finite_weights, note_precision

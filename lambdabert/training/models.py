@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bert_conversion import bare
 from configuration_lambdabert import LambdaBertConfig
+from conversion_lambdabert import bare
 from lambdabert.text.objectives import Objective
 from lambdabert.training.recipes import parse_overrides
 

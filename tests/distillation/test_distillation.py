@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import distill_from_bert
-from bert_conversion import POSITION_TABLE
+from conversion_lambdabert import POSITION_TABLE
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
 from distillation_support import RECIPE, distilled, write_recipe
 from lambdabert.training.arguments import parse_arguments

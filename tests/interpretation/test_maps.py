@@ -4,7 +4,7 @@ import pytest
 import torch
 from einops import einsum
 
-import lambda_layer
+import lambda_kernels
 from lambdabert.interpretation import attention, token_shares, trace_lambdas
 
 
@@ -19,7 +19,7 @@ def mapped(trace, layer, part="both"):
 
 @pytest.mark.parametrize("tile", [256, 4])
 def test_map_times_values_is_the_output(make_model, holey, settings, tile, monkeypatch):
-    monkeypatch.setattr(lambda_layer, "TILE", tile)
+    monkeypatch.setattr(lambda_kernels, "TILE", tile)
     model = make_model(**settings)
     trace = trace_lambdas(model, holey(model))
     for index, layer in enumerate(trace.layers):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
-import lambda_layer
+import lambda_kernels
 from lambdabert.interpretation import trace_lambdas
 
 
@@ -53,7 +53,7 @@ def test_a_saved_folder(make_model, holey, tmp_path):
 
 
 def test_tiles(make_model, make_inputs, monkeypatch):
-    monkeypatch.setattr(lambda_layer, "TILE", 4)
+    monkeypatch.setattr(lambda_kernels, "TILE", 4)
     model = make_model()
     inputs = make_inputs(type(model), model.config)
     with torch.enable_grad():  # in one piece

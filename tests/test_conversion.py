@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
-from bert_conversion import POSITION_TABLE, bare, extend_positions
+from conversion_lambdabert import POSITION_TABLE, bare, extend_positions
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForSequenceClassification, LambdaBertModel
 from training_support import tiny_bert
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unpadding import GROUP_SPREAD, Packing
+from packing_lambdabert import GROUP_SPREAD, Packing, Padded, lay_out
 
 MASKS = {
     "tails": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0]],
@@ -57,9 +57,43 @@ def test_rows_of_a_group_are_of_similar_length():
     assert len(packing.groups) < 20
 
 
-def test_unpack_rows(mask):
+def test_join_rows(mask):
     packing = Packing(mask)
     values = torch.arange(1.0, len(packing.rows) + 1)
-    unpacked = packing.unpack_rows(values)
-    assert (unpacked[~mask.any(dim=1)] == 0).all()
-    torch.testing.assert_close(unpacked[packing.rows], values)
+    joined = packing.join_rows(values.split([group.shape[0] for group in packing.groups]))
+    assert (joined[~mask.any(dim=1)] == 0).all()
+    torch.testing.assert_close(joined[packing.rows], values)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padded_does_nothing_but_clear_padding(mask, masked):
+    layout = Padded(mask if masked else None)
+    padded = torch.randn(3, 5, 2)
+    assert layout.pack(padded) is padded and layout.position_ids(None) is None
+    (group,) = layout.groups
+    torch.testing.assert_close(layout.join([group.pad(padded)]), padded, rtol=0, atol=0)
+    torch.testing.assert_close(layout.unpack(padded), padded * mask[..., None] if masked else padded, rtol=0, atol=0)
+
+
+def test_both_layouts_lay_out_the_same(mask):
+    """What is packed, grouped, joined and unpacked again is what stays padded, but for padding."""
+    padded = torch.randn(3, 5, 2)
+    results = []
+    for layout in (Padded(mask), Packing(mask)):
+        computed = layout.pack(padded)
+        groups = [group.pad(computed) for group in layout.groups]
+        sums = [
+            (rows if group.mask is None else rows * group.mask[..., None]).sum(1)
+            for group, rows in zip(layout.groups, groups)
+        ]
+        results.append((layout.unpack(layout.join(groups)), layout.join_rows(sums)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("may_pack", [True, False])
+def test_lay_out(mask, may_pack):
+    layout = lay_out(mask, may_pack)
+    assert isinstance(layout, Packing) == (may_pack and not mask.all())
+    assert (layout.token_mask is None) == (may_pack and bool(mask.all()))
+    assert isinstance(lay_out(torch.zeros_like(mask), may_pack), Padded)
+    assert isinstance(lay_out(None, may_pack), Padded)

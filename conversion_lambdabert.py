@@ -5,6 +5,7 @@ Shapes: D hidden_size, P max_position_embeddings, V value depth, U intra_depth, 
 
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class ConversionReport:
         """Fresh weights outside of the lambda layers."""
         return tuple(name for name in self.fresh if ".attention.self." not in name)
 
-    def __str__(self):
+    def __str__(self) -> str:
         heads_left_out = [name for name in self.left_out if ".attention.self." not in name]
         lines = [
             f"copied {len(self.copied)} weights: embeddings, feed-forward layers, norms and what heads both have",
@@ -64,7 +65,7 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-def check_bert(fields: dict, name: str):
+def check_bert(fields: dict, name: str) -> None:
     """Refuses what is not BERT's encoder.
 
     Args:
@@ -92,7 +93,9 @@ def check_bert(fields: dict, name: str):
         )
 
 
-def load_bert(bert: PreTrainedModel | str, bert_class: type) -> tuple[PreTrainedModel, set[str]]:
+def load_bert(
+    bert: PreTrainedModel | str | PathLike, bert_class: type[PreTrainedModel]
+) -> tuple[PreTrainedModel, set[str]]:
     """The BERT, in float32 if it is loaded, and the names of its weights that its folder did not hold.
 
     Args:
@@ -109,11 +112,12 @@ def load_bert(bert: PreTrainedModel | str, bert_class: type) -> tuple[PreTrained
     if not isinstance(bert, str | PathLike):
         raise ValueError(f"{type(bert).__name__} is no BERT: give a model of transformers, its folder or its hub name.")
     check_bert(BertConfig.get_config_dict(bert)[0], str(bert))
-    model, report = bert_class.from_pretrained(bert, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = bert_class.from_pretrained(bert, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
     return model, set(report["missing_keys"])
 
 
-def converted_config(config: BertConfig, config_class: type, settings: dict):
+def converted_config(config: BertConfig, config_class: type[BertConfig], settings: dict) -> BertConfig:
     """BERT's config as a `config_class` with `settings` in it; as many queries as BERT has heads unless they say more.
 
     Raises:
@@ -138,8 +142,8 @@ def converted_config(config: BertConfig, config_class: type, settings: dict):
 def extend_positions(table: torch.Tensor, length: int) -> torch.Tensor:
     """A position table [P, D] as [length, D]: cut, or continued by its rows 1 to P - 1 again and again.
 
-    Neighbours so keep the difference that they were trained with, but for one place in P - 1. Row 0 is left out of the
-    repetition: trained on [CLS] alone, it is unlike all others.
+    Neighbouring positions keep the difference that they were trained with, except at one place in P - 1. Row 0 is not
+    repeated: trained on [CLS] alone, it is unlike all others.
     """
     positions = torch.arange(length, device=table.device)
     repeated = 1 + (positions - 1) % (len(table) - 1)
@@ -153,15 +157,16 @@ def bare(name: str) -> str:
 
 @torch.no_grad()
 def start_from_attention(
-    attention: nn.Module, previous_norm: nn.LayerNorm, lambda_attention: nn.Module, branch_scale: float
-):
-    """Lets a lambda layer's values and output start in the subspaces that attention's use most.
+    attention: Any, previous_norm: nn.LayerNorm, lambda_attention: Any, branch_scale: float
+) -> None:
+    """Starts a lambda layer's values and output projection in the subspaces that attention's use most.
 
-    Whatever its weights, attention hands on T = Wo Wv times an average of its inputs. Those are g z + b for the g and b
-    of the norm before it and z of unit variance, so the best approximation of rank V U in the least squares sense is
-    the truncated singular value decomposition T diag(g) = L S Rt. Values are Rt z up to a constant, of unit variance.
-    The lambdas mix the U values of a depth, by queries, keys and E that are fresh; in the output projection, query h
-    begins with L S of the values u = h mod U. Attention's weights sum to 1, so its values' bias goes into the output's.
+    Whatever its attention weights, attention passes on T = Wo Wv times an average of its inputs. These are g z + b for
+    the g and b of the norm before it and a z of unit variance, so the best approximation of rank V U in the least
+    squares sense is the truncated singular value decomposition T diag(g) = L S Rt. The values start as Rt z, up to a
+    constant, with unit variance. The lambdas mix the U values of a depth by queries, keys and E that are fresh; in the
+    output projection, query h starts with L S of the values u = h mod U. Attention weights sum to 1, so the bias of the
+    values becomes part of the output's.
 
     Args:
         attention: a `BertAttention`.
@@ -196,8 +201,10 @@ def convert_weights(bert: PreTrainedModel, model: PreTrainedModel, missing: set[
     Raises:
         ValueError: a head's weight has another shape.
     """
-    norms = [bert.base_model.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in bert.base_model.encoder.layer)]
-    layers = zip(bert.base_model.encoder.layer, norms, model.base_model.encoder.layer)
+    encoder: Any = bert.base_model
+    own_encoder: Any = model.base_model
+    norms = [encoder.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in encoder.encoder.layer)]
+    layers = zip(encoder.encoder.layer, norms, own_encoder.encoder.layer)
     for of_bert, previous_norm, own in layers:
         start_from_attention(of_bert.attention, previous_norm, own.attention, (2 * len(norms) - 2) ** -0.5)
     given = {bare(name): (name, weight) for name, weight in bert.state_dict().items() if name not in missing}

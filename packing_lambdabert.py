@@ -1,0 +1,167 @@
+"""How a batch is laid out while it is computed: its real tokens packed in one row, or in rows with padding, as given.
+
+Embeddings, projections and feed-forward layers treat every token on its own, so they can take the T real tokens of a
+batch as one row [1, T, ...], and padding is not computed. A lambda layer needs the rows: it takes them in groups of
+similar length, in which little padding is left. Offsets between places are kept, across holes too.
+
+    B rows    N places in a row    T real tokens
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+GROUP_SPREAD = 0.75  # shortest row of a group over its longest; less makes fewer groups and more padding in them
+
+
+class Padded:
+    """The layout of a batch that is computed as it is given, padding included.
+
+    Args:
+        token_mask: bool [B, N], True = token; None = all are tokens.
+
+    Attributes:
+        token_mask: the mask of the batch.
+        attention_mask: the mask of what is computed.
+        groups: the groups of rows that a lambda layer takes; this one alone.
+        mask: the mask of this group.
+    """
+
+    def __init__(self, token_mask: torch.Tensor | None):
+        self.token_mask = self.attention_mask = self.mask = token_mask
+        self.groups: tuple[Padded, ...] = (self,)
+
+    def pack(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, N, ...] as it is computed."""
+        return given
+
+    def position_ids(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """Positions [B, N] or [1, N] as the embeddings take them; None = counted from the row's first place."""
+        return given
+
+    def unpack(self, computed: torch.Tensor) -> torch.Tensor:
+        """[B, N, C] with zeros at padding."""
+        return computed if self.token_mask is None else computed.masked_fill(~self.token_mask[..., None], 0)
+
+    def pad(self, computed: torch.Tensor) -> torch.Tensor:
+        """[B, N, C] as a group of rows."""
+        return computed
+
+    def join(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, N, C] of the only group, as it is computed."""
+        return outputs[0]
+
+    def join_rows(self, contents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, ...] of the only group's rows."""
+        return contents[0]
+
+
+@dataclass
+class RowGroup:
+    """Rows of similar length.
+
+    Attributes:
+        tokens: where its t tokens stand in the packed row.
+        mask: bool [b, n], True = token, of its b rows cut to the n places of the longest; None where all are tokens.
+        shape: b, n.
+    """
+
+    tokens: slice
+    mask: torch.Tensor | None
+    shape: tuple[int, int]
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """[1, T, C] of all tokens to [b, n, C] of the group's, with zeros at padding."""
+        tokens = packed[0, self.tokens]
+        if self.mask is None:
+            return tokens.unflatten(0, self.shape)
+        return tokens.new_zeros(*self.shape, tokens.shape[-1]).masked_scatter(self.mask[..., None], tokens)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """[b, n, C] to the group's tokens in their packed order, [t, C]."""
+        return padded.flatten(0, 1) if self.mask is None else padded[self.mask]
+
+
+class Packing:
+    """The layout of a batch whose padding is left out.
+
+    Args:
+        token_mask: bool [B, N], True = token; at least one is.
+
+    Attributes:
+        token_mask: the mask of the batch.
+        attention_mask: the mask of what is computed: None, because all of it is tokens.
+        shape: B, N.
+        groups: the rows that hold a token, by length.
+        rows: the groups' rows, in their order.
+        places: [T], the place of each packed token among the B N of the batch.
+    """
+
+    attention_mask: torch.Tensor | None = None
+
+    def __init__(self, token_mask: torch.Tensor):
+        self.token_mask = token_mask
+        batch, length = token_mask.shape
+        self.shape = batch, length
+        firsts = token_mask.to(torch.uint8).argmax(dim=1)
+        ends = length - token_mask.flip(1).to(torch.uint8).argmax(dim=1)
+        extents = torch.where(token_mask.any(dim=1), ends - firsts, 0).tolist()
+        occupied = sorted((row for row in range(batch) if extents[row]), key=lambda row: -extents[row])
+
+        self.groups: list[RowGroup] = []
+        rows_of_groups, places, start = [], [], 0
+        while occupied:
+            longest = extents[occupied[0]]
+            count = sum(extents[row] >= GROUP_SPREAD * longest for row in occupied)
+            rows = torch.tensor(occupied[:count], device=token_mask.device)
+            occupied = occupied[count:]
+            columns = firsts[rows, None] + torch.arange(longest, device=token_mask.device)
+            mask = (columns < length) & token_mask[rows[:, None], columns.clamp(max=length - 1)]
+            rows_of_groups.append(rows)
+            places.append((rows[:, None] * length + columns)[mask])
+            tokens = slice(start, start + len(places[-1]))
+            has_gaps = len(places[-1]) < mask.numel()
+            self.groups.append(RowGroup(tokens, mask if has_gaps else None, (count, longest)))
+            start = tokens.stop
+        self.rows = torch.cat(rows_of_groups)
+        self.places = torch.cat(places)
+
+    def pack(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """[B, N, ...] to the real tokens of all rows, [1, T, ...]."""
+        return None if given is None else given.flatten(0, 1)[self.places][None]
+
+    def position_ids(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """Positions [B, N] or [1, N] to those of the tokens, [1, T]; None = counted from the row's first place."""
+        positions = torch.arange(self.shape[1], device=self.places.device)[None] if given is None else given
+        return self.pack(positions.expand(self.shape))
+
+    def unpack(self, computed: torch.Tensor) -> torch.Tensor:
+        """[1, T, C] to [B, N, C], with zeros at padding."""
+        batch, length = self.shape
+        padded = computed.new_zeros(batch * length, computed.shape[-1])
+        return padded.index_copy(0, self.places, computed[0]).unflatten(0, self.shape)
+
+    def join(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[b, n, C] of each group to [1, T, C]."""
+        return torch.cat([group.unpad(output) for group, output in zip(self.groups, outputs, strict=True)])[None]
+
+    def join_rows(self, contents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[b, ...] of each group's rows to [B, ...], with zeros for rows without a token."""
+        joined = torch.cat([*contents])
+        return joined.new_zeros(self.shape[0], *joined.shape[1:]).index_copy(0, self.rows, joined)
+
+
+def lay_out(token_mask: torch.Tensor | None, may_pack: bool) -> Padded | Packing:
+    """The layout of a batch: without its padding, if there is any and it may be left out.
+
+    Args:
+        token_mask: bool [B, N], True = token; None = all are tokens.
+        may_pack: whether padding may be left out, and the mask be looked at.
+    """
+    if token_mask is not None and may_pack:
+        if token_mask.all():
+            return Padded(None)
+        if token_mask.any():
+            return Packing(token_mask)
+    return Padded(token_mask)
