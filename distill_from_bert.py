@@ -217,19 +217,14 @@ class Distillation(TrainingRun):
 
     def check_student(self) -> None:
         """Refuses settings that make no student, or one too small for the examples. Raises ValueError."""
-        bert, length = self.teacher.model, self.data_args.max_seq_length
-        if length > bert.config.max_position_embeddings:
-            raise ValueError(
-                f"max_seq_length={length} exceeds the teacher's max_position_embeddings="
-                f"{bert.config.max_position_embeddings}: lower it; the student may be longer."
-            )
+        bert, data_args, limit = self.teacher.model, self.data_args, "max_position_embeddings"
+        data_args.check_length(
+            bert.config.max_position_embeddings, f"the teacher's {limit}", "lower it; the student may be longer"
+        )
         config = converted_config(bert.config, LambdaBertConfig, self.student_settings())
-        if config.longest_sequence is not None and length > config.longest_sequence:
-            raise ValueError(
-                f"max_seq_length={length} exceeds the student's max_position_embeddings={config.longest_sequence}: "
-                "lower the former or raise the latter."
-            )
-        check_memory(self.student_class, config, self.training_args, length, bert.num_parameters())
+        advice = "lower the former or raise the latter"
+        data_args.check_length(config.longest_sequence, f"the student's {limit}", advice)
+        check_memory(self.student_class, config, self.training_args, data_args.longest_row, bert.num_parameters())
 
     def check_masking(self) -> None:
         """Refuses options of masking if nothing is masked. Raises ValueError."""

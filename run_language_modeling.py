@@ -169,8 +169,8 @@ class Pretraining(TrainingRun):
             check_tokenizer(self.tokenizer, whole_word_mask=data_args.whole_word_mask)
             check_masked_sentence(args.masked_sentence, self.tokenizer.mask_token)
             config = self.config_of_tokenizer()
-        check_examples_fit(config, data_args.max_seq_length, self.objective)
-        check_memory(MODEL_CLASSES[self.objective.name], config, self.training_args, data_args.max_seq_length)
+        check_examples_fit(config, data_args, self.objective)
+        check_memory(MODEL_CLASSES[self.objective.name], config, self.training_args, data_args.longest_row)
 
     def named_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer that the options name. Raises ValueError if it is not the model's."""

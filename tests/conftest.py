@@ -9,7 +9,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, each 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from transformers import AutoTokenizer
+
+# a draw may be a run of a command, in seconds
+SLOW_DRAWS = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("same", **SLOW_DRAWS, derandomize=True, max_examples=50, phases=[Phase.generate])
+settings.register_profile("hunt", **SLOW_DRAWS, max_examples=1000, print_blob=True)
+settings.load_profile("same")
 
 MODEL_CLASS_NAMES = [
     "LambdaBertModel",

@@ -196,6 +196,30 @@ class TextArguments(CorpusArguments):
         if self.shuffle_buffer_size is not None and not self.streaming:
             raise no_effect(self, "shuffle_buffer_size", "only a stream is shuffled in a buffer (streaming)")
 
+    @property
+    def longest_row(self) -> int:
+        """Most tokens of a row of a batch, padding included."""
+        multiple = self.pad_to_multiple_of or 1
+        return -(-self.max_seq_length // multiple) * multiple
+
+    def check_length(self, longest: int | None, name: str, advice: str) -> None:
+        """Refuses rows that are longer than a model takes.
+
+        Args:
+            longest: What it takes, in tokens; None for any number.
+            name: What that is called.
+            advice: What to do.
+
+        Raises:
+            ValueError: If examples, or the rows that they are padded to, are longer.
+        """
+        if longest is None or self.longest_row <= longest:
+            return
+        given = f"max_seq_length={self.max_seq_length}"
+        if self.max_seq_length <= longest:
+            given = f"pad_to_multiple_of={self.pad_to_multiple_of} pads rows to {self.longest_row} tokens, which"
+        raise ValueError(f"{given} exceeds {name}={longest}: {advice}.")
+
     def check_share(self, name: str) -> None:
         if not 0 <= getattr(self, name) <= 1:
             raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1.")

@@ -184,7 +184,9 @@ def _csv_rows(path: str, text_column: str, encoding: str, delimiter: str) -> Ite
     with _open_text(path, encoding, newline="") as lines:
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
-            header = next(filter(None, rows), [])
+            header = next(filter(None, rows), None)
+            if header is None:
+                return
             if text_column not in header:
                 raise _no_column(path, text_column, header)
             if header.count(text_column) > 1:

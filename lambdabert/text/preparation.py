@@ -153,7 +153,7 @@ def prepare_examples(
     lengths = list_lengths(tokenized, "input_ids")
     usable = np.flatnonzero(lengths)
     if recipe.objective == NSP and len(usable) < 2:
-        raise ValueError(_single_document_message(len(usable)))
+        raise ValueError(_single_document_message(len(usable), training))
     build = ExampleBuilder(tokenizer, recipe, seed, copies, DocumentPool(tokenized, usable))
     examples = _map(
         tokenized.with_format("arrow"),
@@ -241,7 +241,7 @@ def _look_into_stream(
     )
     usable = int(np.count_nonzero(lengths))
     if build.objective == NSP and usable < 2:
-        raise ValueError(_single_document_message(usable))
+        raise ValueError(_single_document_message(usable, training=True))
     examples = build(tokenized)
     if len(examples) == 0:
         raise _no_example(lengths, build.objective)
@@ -270,7 +270,7 @@ def _single_sentence_share(lengths: np.ndarray, sentences: np.ndarray, build: Ex
 
 
 def _checked(summary: PreparationSummary, training: bool) -> PreparationSummary:
-    text = "training text" if training else "validation text"
+    text = _name_of_text(training)
     if summary.unknown_share == 1:
         raise ValueError(
             f"Every token of the {text} is unknown to the tokenizer, so there is nothing to predict: "
@@ -288,8 +288,12 @@ def _no_example(lengths: np.ndarray, objective: Objective) -> ValueError:
     )
 
 
-def _single_document_message(found: int) -> str:
+def _single_document_message(found: int, training: bool) -> str:
     return (
-        f"objective='nsp' takes random sentences from another document, but the text holds {found}: give more text, "
-        "set document_boundary to what separates its documents, or use --sop."
+        f"objective='nsp' takes random sentences from another document, but the {_name_of_text(training)} holds "
+        f"{found}: give more text, set document_boundary to what separates its documents, or use --sop."
     )
+
+
+def _name_of_text(training: bool) -> str:
+    return "training text" if training else "validation text"

@@ -57,8 +57,14 @@ class RunArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.do_eval and self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps of rising learning rate; none in a single step, whose rate would be 0."""
+        return 0 if num_training_steps == 1 else super().get_warmup_steps(num_training_steps)
 
 
 class OneLineParser(HfArgumentParser):

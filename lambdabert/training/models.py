@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_lambdabert import LambdaBertConfig
 from conversion_lambdabert import bare
+from lambdabert.text.arguments import TextArguments
 from lambdabert.text.objectives import Objective
 from lambdabert.training.recipes import parse_overrides
 
@@ -58,22 +59,19 @@ def make_config(
     return LambdaBertConfig(**{**values, **changes})
 
 
-def check_examples_fit(config: LambdaBertConfig, max_seq_length: int, objective: Objective) -> None:
+def check_examples_fit(config: LambdaBertConfig, data_args: TextArguments, objective: Objective) -> None:
     """Refuses a config whose model cannot take the examples.
 
     Args:
         config: the model's.
-        max_seq_length: tokens of the longest example.
-        objective: what the examples are made for.
+        data_args: how long the examples are.
+        objective: what they are made for.
 
     Raises:
         ValueError: they are too long for the model, or have more segments than it can tell apart.
     """
-    if config.longest_sequence is not None and max_seq_length > config.longest_sequence:
-        raise ValueError(
-            f"max_seq_length={max_seq_length} exceeds max_position_embeddings={config.max_position_embeddings}; "
-            "lower the former, or raise the latter in --config_overrides."
-        )
+    advice = "lower the former, or raise the latter in --config_overrides"
+    data_args.check_length(config.longest_sequence, "max_position_embeddings", advice)
     if objective.has_pairs and config.type_vocab_size < 2:
         raise ValueError(
             f"type_vocab_size={config.type_vocab_size} cannot tell apart the two segments of the pairs that "

@@ -6,6 +6,7 @@ Everything here needs the options alone: no text, no model, no network. What the
 """
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from enum import Enum
@@ -231,6 +232,13 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
     (Need(lambda options: _value(options.save_strategy) == "steps", "save_strategy=steps"), ("save_steps",)),
     (CHECKPOINTS, ("save_total_limit", "save_on_each_node")),
     (
+        Need(
+            lambda options: _value(options.save_strategy) != "best" or _evaluates_while_training(options),
+            "evaluations while training, by eval_steps or eval_strategy",
+        ),
+        ("save_strategy",),
+    ),
+    (
         Need(_compares_metrics, "load_best_model_at_end, or another option that compares evaluations"),
         ("metric_for_best_model", "greater_is_better"),
     ),
@@ -238,6 +246,10 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
     (OPTIMIZER_ARGUMENTS, ("optim_args",)),
     (LOW_RANK, ("optim_target_modules",)),
     (WARM_UP, ("warmup_steps",)),
+    (
+        Need(lambda options: options.max_steps != 1 or options.warmup_steps < 1, "more steps than max_steps=1"),
+        ("warmup_steps",),
+    ),
     (SCHEDULE_ARGUMENTS, ("lr_scheduler_kwargs",)),
     (
         Need(
@@ -273,6 +285,10 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
         ("train_sampling_strategy", "dataloader_drop_last"),
     ),
     (Need(lambda options: bool(options.fsdp), "fsdp"), ("fsdp_config",)),
+    (
+        Need(lambda options: int(os.environ.get("WORLD_SIZE", 1)) > 1, "several processes, by torchrun"),
+        ("ddp_backend",),
+    ),
     (TRAINED_TOKENIZER, ("vocab_size", "lowercase")),
     (Need(lambda options: options.attention_steps > 0, "attention_steps above 0"), ("attention_learning_rate",)),
 )
@@ -289,6 +305,8 @@ def check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"{name} is empty: give it a value, or leave it out.")
         if name in OBJECTS_IN_FILES + OBJECTS_IN_TEXT and isinstance(value, str):
             value = read_object(name, value)
+        if name == "deepspeed" and not value:
+            raise ValueError("deepspeed is an empty object: give it settings, or leave it out.")
         if name == "config_overrides":
             value = parse_overrides(value)
         if not all(map(math.isfinite, numbers(value))):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def check_output_folder(output_dir: str | Path, training: bool) -> None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={output_dir} is a file; name a folder.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"output_dir={output_dir} cannot be written, because {nearest} is not a folder in which this user may "
+            "write; name another."
+        )
     if read_record(folder) is not None:
         return
     patterns = (*RUN_FILES, CHECKPOINTS) if training else (EVALUATION_NAME,)

@@ -4,6 +4,7 @@ Weights that are not finite are never written, and a checkpoint that does not fi
 """
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -169,10 +170,23 @@ class InterruptibleTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
+        # an incomplete batch counts, whatever training does with one
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = train_collator
+            self.data_collator, self.args.dataloader_drop_last = train_collator, drop_last
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metrics. Raises CheckpointError if the loss is not finite."""
+        metrics = super().evaluate(*args, **kwargs)
+        loss = metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"]
+        if not math.isfinite(loss):
+            raise CheckpointError(
+                f"The evaluation's loss after step {self.state.global_step} is not a finite number, so these weights "
+                "are of no use: give a lower --learning_rate and another --output_dir, or evaluate another model."
+            )
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_tokens" in logs:
