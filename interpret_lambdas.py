@@ -208,7 +208,7 @@ def run_explain(args: argparse.Namespace) -> None:
     trace = trace_lambdas(loaded.model, inputs)
     prediction = loaded.explain(inputs, trace, args.target)
     tokens = loaded.tokens(inputs)
-    ways = {"explanation": prediction.explanation, "integrated gradients": prediction.integrated_gradients}
+    ways = prediction.ways()
     print(prediction.of)
     columns = [way.tokens[0].tolist() for way in ways.values()]
     print_table(("token", *ways), [*zip(tokens, *columns), ("bias", *(way.bias[0].item() for way in ways.values()))])
@@ -216,7 +216,7 @@ def run_explain(args: argparse.Namespace) -> None:
         save_html(trace, tokens, name, prediction=prediction, about=shown_about(args, loaded))
     for name in ends_in(args, FIGURES):
         save_figure(draw_contributions(tokens, ways, prediction.of), name)
-    results = {
+    results: dict[str, Any] = {
         "prediction": prediction.of,
         "likeliest": [{"name": name, "probability": probability} for name, probability in prediction.likeliest],
         "tokens": tokens,
@@ -233,7 +233,7 @@ def run_swap(args: argparse.Namespace) -> None:
     check_count(args.texts, 2, "swap")
     loaded = LoadedModel(args.model)
     pair = [loaded.encode([text]) for text in args.texts]
-    results = []
+    results: list[dict[str, Any]] = []
     for inputs, other, text in zip(pair, reversed(pair), args.texts):
         masks = loaded.masks(inputs) if loaded.predicts_tokens else []
         effects = swap_effects(loaded.model, inputs, other, masks)
@@ -267,18 +267,16 @@ def run_topics(args: argparse.Namespace) -> None:
     features = topic_features(loaded.model, tqdm(batches, unit="batch"))
     found = neighbours(features, topics, args.neighbours)
     if topics is None:
+        print("the nearest text, by line, for each")
         print_table(
-            ("row", "text", "nearest", "cosine"),
-            [
-                (row.row, i + 1, int(row.nearest[i, 0]) + 1, row.cosines[i, 0].item())
-                for row in found
-                for i in range(len(texts))
-            ],
+            ("text", *(row.row for row in found)),
+            [(str(i + 1), *(int(row.nearest[i, 0]) + 1 for row in found)) for i in range(len(texts))],
         )
     else:
         print_table(
             ("row", "nearest has the topic", "from", "to"),
-            [(row.row, row.same_topic, *row.interval) for row in found] + [("chance", chance(topics), None, None)],
+            [(row.row, row.same_topic, *(row.interval or ())) for row in found]
+            + [("chance", chance(topics), None, None)],
         )
     rows = [asdict(row) | {"nearest": row.nearest.tolist(), "cosines": row.cosines.tolist()} for row in found]
     known = {} if topics is None else {"topics": topics, "chance": chance(topics)}

@@ -20,6 +20,7 @@ PALETTE = ("#14589c", "#f3f3f1", "#b34a00")  # negative, 0, positive: told apart
 CELL = 0.13  # inches a token
 LABELS = 40  # tokens; more are not named beside a map
 PARTS_DRAWN = ("content", "position")
+BAR = 33  # colours in a colour bar; matplotlib makes pixels of more than 50
 FAINT = 1 / 256  # of a map's scale; fainter cells are not drawn, which keeps a vector file small
 
 
@@ -86,7 +87,7 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
             panel.set_yticks(range(len(words)) if labelled else [], words if labelled else [], fontsize=5)
             labelled = number == len(lines) - 1 and len(words) <= LABELS
             panel.set_xticks(range(len(words)) if labelled else [], words if labelled else [], fontsize=5, rotation=90)
-    scale = ScalarMappable(Normalize(-1, 1), colour_map())
+    scale = ScalarMappable(Normalize(-1, 1), colour_map().resampled(BAR))
     figure.colorbar(scale, ax=axes, shrink=0.3, label="part of the map's scale")
     return figure
 
@@ -109,7 +110,7 @@ def _draw_map(panel: Any, cells: torch.Tensor) -> None:
     panel.set_facecolor(PALETTE[1])
     panel.add_collection(
         PolyCollection(
-            (seen.flip(1)[:, None] + corners).numpy(),
+            list((seen.flip(1)[:, None] + corners).numpy()),
             array=(cells[tuple(seen.T)] / most).numpy(),
             cmap=colour_map(),
             clim=(-1, 1),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 import modeling_lambdabert
@@ -44,10 +44,10 @@ class LoadedModel:
         architecture = next(iter(fields.get("architectures") or ()), None)
         known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
         logging.disable_progress_bar()
-        self.model: PreTrainedModel = getattr(modeling_lambdabert, known).from_pretrained(name, dtype=torch.float32)
+        self.model: Any = getattr(modeling_lambdabert, known).from_pretrained(name, dtype=torch.float32)
         self.model.eval()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"model={name} has no tokenizer that can be read ({error}); save it there.") from None
         vocabulary = self.model.config.vocab_size
@@ -74,14 +74,15 @@ class LoadedModel:
         Raises:
             ValueError: an empty text, or one above the model's limit.
         """
+        limit = self.limit
         for text in texts:
             shown = text if len(text) <= 40 else text[:40] + "…"
             length = len(self.tokenizer(text)["input_ids"])
             if length <= len(self.tokenizer("")["input_ids"]):
                 raise ValueError(f"{what}={shown!r} holds no word; give some.")
-            if self.limit is not None and length > self.limit:
+            if limit is not None and length > limit:
                 raise ValueError(
-                    f"{what}={shown!r} has {length} tokens, and the model takes max_position_embeddings={self.limit}; "
+                    f"{what}={shown!r} has {length} tokens, and the model takes max_position_embeddings={limit}; "
                     "shorten it."
                 )
         return self.tokenizer(list(texts), return_tensors="pt", padding=True)
@@ -164,22 +165,23 @@ class LoadedModel:
 
     def _name(self, index: int) -> str:
         if self.predicts_tokens:
-            return self.tokenizer.convert_ids_to_tokens(index)
-        return str(self.model.config.id2label.get(index, index))
+            return self.tokenizer.convert_ids_to_tokens([index])[0]
+        return self._classes()[index]
+
+    def _classes(self) -> list[str]:
+        names: dict[Any, str] = self.model.config.id2label or {}
+        return [str(names.get(i, i)) for i in range(self.model.config.num_labels)]
 
     def _index(self, target: str) -> int:
         if self.predicts_tokens:
-            index = self.tokenizer.get_vocab().get(target)
-            if index is None:
-                pieces = self.tokenizer.tokenize(target)
-                raise ValueError(
-                    f"target={target} is no token of the model ({len(pieces)} pieces: {pieces}); give one."
-                )
-            return index
-        classes = {str(name): index for index, name in self.model.config.id2label.items()}
-        if target not in classes:
+            token = self.tokenizer.get_vocab().get(target)
+            if token is None:
+                pieces = ", ".join(self.tokenizer.tokenize(target))
+                raise ValueError(f"target={target} is no token of the model, which has the pieces {pieces}; give one.")
+            return token
+        if target not in (classes := self._classes()):
             raise ValueError(f"target={target} is no class of the model; give one of {', '.join(classes)}.")
-        return classes[target]
+        return classes.index(target)
 
 
 def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:

@@ -44,6 +44,14 @@ class ExplainedPrediction:
     likeliest: Sequence[tuple[str, float]] = ()
     place: int | None = None
 
+    def ways(self) -> dict[str, Attribution]:
+        """The attributions by name."""
+        ways: dict[str, Attribution | None] = {
+            "explanation": self.explanation,
+            "integrated gradients": self.integrated_gradients,
+        }
+        return {name: way for name, way in ways.items() if way is not None}
+
 
 def save_html(
     trace: LambdaTrace,
@@ -70,7 +78,8 @@ def save_html(
         The file.
 
     Raises:
-        ValueError: the file exists; a row or a number of tokens that the trace does not have.
+        ValueError: the file exists; a row or a number of tokens that the trace does not have;
+            numbers that are not finite.
     """
     file = Path(file)
     if file.exists():
@@ -144,8 +153,13 @@ def pack(tensor: torch.Tensor) -> dict[str, Any]:
     """A tensor as little-endian 16-bit integers in base64, with the shape and the scale that each is multiplied by.
 
     Every number is within half a scale of its own, 1 / 65534 of the largest.
+
+    Raises:
+        ValueError: numbers that are not finite.
     """
     numbers = tensor.detach().cpu().double()
+    if not numbers.isfinite().all():
+        raise ValueError("trace holds numbers that are not finite, and nothing can be drawn of them; mend the model.")
     scale = max(numbers.abs().max().item() / STEPS, 1e-30)
     whole = (numbers / scale).round().numpy().astype("<i2")
     return {"shape": list(whole.shape), "scale": scale, "data": base64.b64encode(whole.tobytes()).decode()}
@@ -154,8 +168,7 @@ def pack(tensor: torch.Tensor) -> dict[str, Any]:
 def _attributions(prediction: ExplainedPrediction | None, kept: torch.Tensor) -> dict[str, list[float]]:
     if prediction is None:
         return {}
-    ways = {"explanation": prediction.explanation, "integrated gradients": prediction.integrated_gradients}
-    return {name: way.tokens[0, kept].tolist() for name, way in ways.items() if way is not None}
+    return {name: way.tokens[0, kept].tolist() for name, way in prediction.ways().items()}
 
 
 def _prediction_section(prediction: ExplainedPrediction | None) -> str:

@@ -1,6 +1,6 @@
 """What changes in a text when another text's content lambda takes the place of its own, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class SwapEffect:
 
 @torch.no_grad()
 def swap_effects(
-    model: PreTrainedModel, inputs: Mapping[str, Any], other: Mapping[str, Any], places: tuple[int, ...] = ()
+    model: PreTrainedModel, inputs: Mapping[str, Any], other: Mapping[str, Any], places: Sequence[int] = ()
 ) -> list[SwapEffect]:
     """What changes in a text with the content lambdas of another, in each layer alone and in all.
 
@@ -66,8 +66,10 @@ def swap_effects(
         if before is not None and after is not None:
             divergence = (before.exp() * (before - after)).sum(-1).mean().item()
             changed = (before.argmax(-1) != after.argmax(-1)).double().mean().item()
-        pair = None if layer is None else [one.layers[layer].content.flatten() for one in (own, others)]
-        cosine = None if pair is None else torch.cosine_similarity(*pair, dim=0).item()
+        cosine = None
+        if layer is not None:
+            content, content_of_other = (one.layers[layer].content.flatten() for one in (own, others))
+            cosine = torch.cosine_similarity(content, content_of_other, dim=0).item()
         likeliest = [int(after[0, place].argmax()) for place in places] if after is not None else []
         effects.append(SwapEffect(layer, cosine, change.mean().item(), divergence, changed, likeliest))
     return effects
