@@ -72,7 +72,7 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
     lines = [(layer, part, attention(trace, layer, part)[row].sum(-1)) for layer in layers for part in PARTS_DRAWN]
     queries = lines[0][2].shape[0]
     side = max(1.2, CELL * len(words))
-    figure = new_figure(1 + queries * side, 0.8 + len(lines) * (side + 0.25))
+    figure = new_figure(1 + queries * side, 1.3 + len(lines) * (side + 0.2))
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -82,13 +82,15 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
             cells = maps[query][kept][:, kept].float().cpu()
             panel = axes[number][query]
             _draw_map(panel, cells)
-            panel.set_title(f"layer {layer}, query {query}, {part}, ±{cells.abs().max():.2g}", fontsize=6)
+            panel.set_title(f"query {query}, ±{cells.abs().max():.2g}", fontsize=6)
+            if query == 0:
+                panel.set_ylabel(f"layer {layer}, {part}", fontsize=7)
             labelled = query == 0 and len(words) <= LABELS
             panel.set_yticks(range(len(words)) if labelled else [], words if labelled else [], fontsize=5)
             labelled = number == len(lines) - 1 and len(words) <= LABELS
             panel.set_xticks(range(len(words)) if labelled else [], words if labelled else [], fontsize=5, rotation=90)
     scale = ScalarMappable(Normalize(-1, 1), colour_map().resampled(BAR))
-    figure.colorbar(scale, ax=axes, shrink=0.3, label="part of the map's scale")
+    figure.colorbar(scale, ax=axes, location="bottom", aspect=40, shrink=0.5, pad=0.01, label="part of the map's scale")
     return figure
 
 
