@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./setup.sh        makes ./env and installs what running needs
-# ./setup.sh demo   the same, then pretrains and tries a small model (minutes, no download of data)
+# ./setup.sh demo   the same, then pretrains a small model and shows what is in it (minutes, no download of data)
 # ./setup.sh test   the same with the test requirements, then runs the tests
 # ./setup.sh lint   the same with ruff and mypy, then checks style and types
 # PYTHON=python3.12 ./setup.sh chooses the interpreter of a new ./env.
@@ -37,7 +37,15 @@ install torch torch==2.13.0
 install run -r requirements.txt
 
 case $mode in
-demo) exec env/bin/python run_language_modeling.py configs/demo.json ;;
+demo)
+    page=models/demo.html
+    env/bin/python run_language_modeling.py configs/demo.json
+    rm -f "$page" # that of an earlier demo
+    env/bin/python interpret_lambdas.py map "This method [MASK] called when the object is created." \
+        --model models/demo --output "$page"
+    echo "Open $page in a browser to see what the model's lambdas hold."
+    exit
+    ;;
 test)
     install test --editable '.[test]'
     exec env/bin/python -m pytest tests

@@ -91,6 +91,30 @@ def test_setup_script_says_which_install_failed(tmp_path):
     assert not list((tmp_path / "env").glob("installed-*"))
 
 
+def test_the_demo_ends_with_a_page_however_often(tmp_path):
+    for name in ("setup.sh", "pyproject.toml", "requirements.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "setup.sh").chmod(0o755)
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    python = tmp_path / "env" / "bin" / "python"
+    # stands for training and the command, which refuses a page that exists
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "$*" >>commands\n'
+        'if [ "$1" = interpret_lambdas.py ]; then [ ! -e "${!#}" ] && touch "${!#}"; fi\n'
+    )
+    python.chmod(0o755)
+    for _ in range(2):
+        done = subprocess.run([tmp_path / "setup.sh", "demo"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].startswith("Open models/demo.html in a browser")
+        assert (tmp_path / "models" / "demo.html").exists()
+    *_, training, page = (tmp_path / "commands").read_text().splitlines()
+    assert training == "run_language_modeling.py configs/demo.json"
+    assert page.startswith("interpret_lambdas.py map This method [MASK] called") and "--model models/demo " in page
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder that `pip install .` installs into."""
@@ -124,6 +148,10 @@ def test_installed_are_the_model_the_commands_and_the_package(site):
 
 def test_installed_package_is_importable_from_anywhere(site):
     program = (
+        "import configuration_lambdabert, lambda_layer, modeling_lambdabert\n"
+        "import distill_from_bert, interpret_lambdas, run_language_modeling\n"
+        "from importlib.resources import files\n"
+        "assert files('lambdabert.interpretation').joinpath('page.html').is_file()\n"
         "from lambdabert import LambdaBertConfig, LambdaBertModel, LambdaLayer\n"
         "import lambdabert, modeling_lambdabert, run_language_modeling, sys\n"
         "print(lambdabert.__file__, modeling_lambdabert.__file__, run_language_modeling.__file__)\n"
@@ -135,7 +163,14 @@ def test_installed_package_is_importable_from_anywhere(site):
     assert done.stdout.split() == [str(site / place) for place in places]
 
 
-@pytest.mark.parametrize("script", ["lambdabert-pretrain", "lambdabert-distill"])
-def test_console_scripts(site, script):
+@pytest.mark.parametrize(
+    "script,option",
+    [
+        ("lambdabert-pretrain", "--learning_rate"),
+        ("lambdabert-distill", "--learning_rate"),
+        ("lambdabert-interpret", "faithfulness"),
+    ],
+)
+def test_console_scripts(site, script, option):
     done = run_installed(site, site / "bin" / script, "--help")
-    assert done.returncode == 0 and "--learning_rate" in done.stdout, done.stderr
+    assert done.returncode == 0 and option in done.stdout, done.stderr

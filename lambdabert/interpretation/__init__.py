@@ -10,22 +10,35 @@ from .explanations import (
 )
 from .faithfulness import Example, faithfulness, leave_one_out, masked_examples
 from .features import feature_rows
+from .figures import draw_contributions, draw_maps, draw_probes, save_figure
 from .interventions import replace_lambdas
 from .maps import TokenShares, attention, token_shares
+from .page import ExplainedPrediction, save_html
 from .probes import ProbeResult, difference, is_encoded, probe
+from .swaps import SwapEffect, swap_effects
+from .tasks import Task, probe_task, read_task
+from .topics import Neighbours, chance, neighbours, topic_features
 from .traces import LambdaTrace, LayerTrace, trace_lambdas
 
 __all__ = [
     "Attribution",
     "Example",
+    "ExplainedPrediction",
     "Explanation",
-    "LayerContributions",
     "LambdaTrace",
+    "LayerContributions",
     "LayerTrace",
+    "Neighbours",
     "ProbeResult",
+    "SwapEffect",
+    "Task",
     "TokenShares",
     "attention",
+    "chance",
     "difference",
+    "draw_contributions",
+    "draw_maps",
+    "draw_probes",
     "explain_prediction",
     "faithfulness",
     "feature_rows",
@@ -34,8 +47,15 @@ __all__ = [
     "is_encoded",
     "leave_one_out",
     "masked_examples",
+    "neighbours",
     "probe",
+    "probe_task",
+    "read_task",
     "replace_lambdas",
+    "save_figure",
+    "save_html",
+    "swap_effects",
     "token_shares",
+    "topic_features",
     "trace_lambdas",
 ]

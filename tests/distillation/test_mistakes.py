@@ -67,6 +67,10 @@ class TestMistakes:
             ({"config_overrides": "key_depth"}, "field=value"),
             ({"max_seq_length": 41}, "teacher's max_position_embeddings=40"),
             ({"max_position_embeddings": 20}, "student's max_position_embeddings=20"),
+            (
+                {"pad_to_multiple_of": 27},
+                "pads rows to 54 tokens, which exceeds the teacher's max_position_embeddings=40",
+            ),
             ({"max_seq_length": 2}, "max_seq_length=2"),
             ({"examples": "words"}, "words"),
             ({"masked_tokens_weight": 1}, "masked_tokens_weight=1"),

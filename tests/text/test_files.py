@@ -122,6 +122,7 @@ BROKEN_FILES = {
     "fields.csv": (b"id,text\n1,Yes, it is\n", "line 2: 3 fields stand under 2 columns"),
     "quote.tsv": (b'id\ttext\n1\t"Yes," he said\n', "line 2: .*RFC 4180"),
     "header.csv": (b"id,text\n", "holds no text"),
+    "empty.csv": (b"", "holds no text"),
     "number.jsonl": (b'{"text": "x"}\n{"text": 3}\n', "line 2: 'text' holds int"),
 }
 

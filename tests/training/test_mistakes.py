@@ -125,8 +125,12 @@ class TestMistakes:
             ("--eval_strategy epoch --eval_steps 7", "eval_steps=7"),
             ("--max_steps 3 --num_train_epochs 2", "num_train_epochs=2"),
             ("--lr_scheduler_type constant --warmup_steps 3", "warmup_steps=3"),
+            ("--max_steps 1 --warmup_steps 3", "warmup_steps=3"),
             ("--optim sgd --adam_beta1 0.8", "adam_beta1=0.8"),
             ("--run_name mine", "run_name=mine"),
+            ("--do_train --save_strategy best", "save_strategy=best has no effect"),
+            ("--ddp_backend gloo", "ddp_backend=gloo"),
+            ("--deepspeed {}", "deepspeed is an empty object"),
             ("--hub_model_id mine", "hub_model_id=mine"),
             ("--dataloader_prefetch_factor 2", "dataloader_prefetch_factor=2"),
             # sentence, config, tokenizer
@@ -149,6 +153,7 @@ class TestMistakes:
             ("--per_device_train_batch_size 1000000000", "per_device_train_batch_size"),
             ("--max_seq_length 600", "max_position_embeddings"),
             ("--max_seq_length 4", "max_seq_length"),
+            ("--pad_to_multiple_of 1000000000", "pad_to_multiple_of=1000000000"),
             ("--config_name nowhere", "nowhere"),
             ("--model_name_or_path nowhere", "nowhere"),
             ("--train_tokenizer", "tokenizer_name"),
@@ -250,6 +255,24 @@ class TestMistakes:
         with caplog_at_debug() as said:
             assert run_language_modeling.main([recipe, "--output_dir", str(tmp_path / "run")]) == 1
         assert any(record.exc_info and record.exc_info[0] is KeyError for record in said)
+
+    def test_output_folder_that_cannot_be(self, capfd, tmp_path, text, prepared):
+        (tmp_path / "file").touch()
+        recipe = write_recipe(tmp_path / "r.json", output_dir=str(tmp_path / "file" / "run"), **sources(text))
+        assert run_language_modeling.main([recipe]) == 1
+        assert f"{tmp_path / 'file'} is not a folder" in capfd.readouterr().err
+        assert not prepared
+
+    def test_weights_of_no_use(self, capfd, tmp_path, text):
+        """Finite, and so large that no loss is."""
+        recipe = write_recipe(
+            tmp_path / "r.json",
+            output_dir=str(tmp_path / "run"),
+            **sources(text, learning_rate=1e30, warmup_steps=0, max_steps=1, eval_steps=None),
+        )
+        assert run_language_modeling.main([recipe]) == 1
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "evaluation's loss after step 1 is not a finite number" in lines[0]
 
     def test_full_disk_at_the_end(self, capfd, tmp_path, text, monkeypatch):
         def full(*args, **kwargs):

@@ -1,0 +1,347 @@
+"""Looks inside a LambdaBERT: what its lambdas hold, as a page, figures and tables.
+
+    python interpret_lambdas.py map "In 1914 the First World [MASK] began." --model checkpoints/wikipedia-small \
+        --output war.html war.svg
+
+`map` and `explain` show one text, `swap` compares two, `topics` finds neighbours in a file of texts, `probe` asks what
+can be read from the lambdas, and `faithfulness` whether explanations are true to the model. Each has `--help`. The name
+of an output says what it is: .html a page, .svg or .png a figure, .json all numbers. An output that exists is an error.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub.errors import StrictDataclassError
+from tqdm import tqdm
+from transformers.utils import logging
+
+from lambdabert.interpretation import (
+    Explanation,
+    chance,
+    faithfulness,
+    feature_rows,
+    masked_examples,
+    neighbours,
+    probe_task,
+    read_task,
+    save_html,
+    swap_effects,
+    topic_features,
+    trace_lambdas,
+)
+from lambdabert.interpretation.figures import draw_contributions, draw_maps, draw_probes, save_figure
+from lambdabert.interpretation.loading import LoadedModel, read_texts
+from lambdabert.interpretation.page import PARTS_OF_LAYER
+
+FIGURES = (".svg", ".png")
+PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # by module
+SHAPE = ("num_hidden_layers", "hidden_size", "num_lambda_queries", "key_depth", "intra_depth", "local_context_size")
+FAITHFULNESS_TOKENS = 128  # of a text; longer ones are cut
+DRAWN_CELLS = 600_000  # of all maps in a figure: half a minute
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="interpret_lambdas.py",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=__doc__.partition("\n")[2],
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(name: str, run: Any, what: str, ends: Sequence[str], needs: Sequence[str] = ()) -> Parser:
+        command = commands.add_parser(name, help=what, description=what)
+        command.set_defaults(run=run, ends=ends, needs=needs)
+        command.add_argument("--model", required=True, help="A saved LambdaBERT: a folder or a hub name.")
+        command.add_argument(
+            "--output",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help=f"Files to write, by the end of their names: {', '.join(ends)}. None may exist.",
+        )
+        return command
+
+    command = add("map", run_map, "A text's maps, as a page and figures.", (".html", *FIGURES))
+    command.add_argument("text", nargs="*", help="The text, in quotes; with one [MASK], its prediction is explained.")
+    command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
+    what = "What a masked or classified text's prediction is owed to."
+    command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
+    command.add_argument("text", nargs="*", help="The text, in quotes, with one [MASK] unless the model classifies.")
+    command.add_argument("--target", help="The token or class that is explained; the likeliest if not given.")
+    command = add("swap", run_swap, "What changes in two texts when they exchange their λc.", (".json",))
+    command.add_argument("texts", nargs="*", metavar="text", help="Two texts, each in quotes.")
+    command = add("topics", run_topics, "Which texts are alike: nearest neighbours by λc.", (".json",))
+    command.add_argument("file", help="One text a line; or a .tsv with the columns text and, where known, topic.")
+    command.add_argument("--neighbours", type=int, default=5, help="Of each text; 5 if not given.")
+    what = "What can be read from λc, beside what it must beat."
+    command = add("probe", run_probe, what, (*FIGURES, ".json"), ["sklearn"])
+    command.add_argument("tasks", nargs="+", help="Tasks: .tsv files with the columns split, label, text and target.")
+    what = "Whether explanations are true to a masked language model."
+    command = add("faithfulness", run_faithfulness, what, (".json",))
+    command.add_argument("file", help="Sentences, one a line; a word of the first 128 tokens of each is masked.")
+    return parser
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses what could not be written, before anything is computed.
+
+    Raises:
+        ValueError: an unknown kind, a file that exists, a folder that does not, a package that is missing.
+    """
+    for name in args.output:
+        file = Path(name)
+        if file.suffix not in args.ends:
+            raise ValueError(f"output={name}: {args.command} writes {', '.join(args.ends)}; end its name so.")
+        if file.exists():
+            raise ValueError(f"output={name} exists and is not overwritten; name another or remove it.")
+        if not file.parent.is_dir():
+            raise ValueError(f"output={name}: the folder {file.parent} does not exist; make it.")
+    if repeated := [name for name in args.output if args.output.count(name) > 1]:
+        raise ValueError(f"output={repeated[0]} is named twice; name each file once.")
+    needs = [*args.needs, *(["matplotlib"] if ends_in(args, FIGURES) else [])]
+    if missing := [PACKAGES[module] for module in needs if find_spec(module) is None]:
+        raise ValueError(f'{" and ".join(missing)} is not installed: pip install "lambdabert[interpretation]"')
+
+
+def ends_in(args: argparse.Namespace, ends: Sequence[str]) -> list[str]:
+    """The outputs of a kind."""
+    return [name for name in args.output if Path(name).suffix in ends]
+
+
+def check_count(texts: Sequence[str], count: int, command: str) -> None:
+    if len(texts) != count:
+        raise ValueError(
+            f"text: {len(texts)} given, and {command} takes {'one' if count == 1 else 'two'}; put "
+            f"{'it' if count == 1 else 'each'} in quotes."
+        )
+
+
+def about(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
+    """What every JSON says first: model, versions, arguments."""
+    hidden = ("run", "ends", "needs")
+    config = loaded.model.config
+    return {
+        "model": {"name": loaded.name, "class": type(loaded.model).__name__}
+        | {field: getattr(config, field) for field in SHAPE},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in hidden},
+    }
+
+
+def shown_about(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, str]:
+    """The same for the head of a page."""
+    said = about(args, loaded)
+    shape = f"{said['model']['num_hidden_layers']} layers × {said['model']['hidden_size']}"
+    return {
+        "model": f"{loaded.name} ({said['model']['class']}, {shape})",
+        "versions": ", ".join(f"{name} {number}" for name, number in said["versions"].items()),
+    }
+
+
+def write_json(args: argparse.Namespace, loaded: LoadedModel, results: dict[str, Any]) -> None:
+    for name in ends_in(args, (".json",)):
+        text = json.dumps({**about(args, loaded), **results}, indent=2, ensure_ascii=False)
+        Path(name).write_text(text + "\n", encoding="utf-8")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Aligned columns: the first to the left, numbers to the right with three decimals."""
+    cells = [header, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        rest = (value.rjust(width) for value, width in zip(row[1:], widths[1:]))
+        print("  ".join((row[0].ljust(widths[0]), *rest)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def run_map(args: argparse.Namespace) -> None:
+    check_count(args.text, 1, "map")
+    if not args.output:
+        raise ValueError("output: map writes a page or figures; name them, for example --output page.html.")
+    figures = ends_in(args, FIGURES)
+    if args.layers and not figures:
+        raise ValueError("layers has no effect without a figure: add one to --output, or leave it out.")
+    loaded = LoadedModel(args.model)
+    inputs = loaded.encode(args.text)
+    trace = trace_lambdas(loaded.model, inputs)
+    tokens = loaded.tokens(inputs)
+    if figures:
+        layers = args.layers or range(len(trace.layers))
+        cells = 2 * len(layers) * trace.layers[0].queries.shape[2] * len(tokens) ** 2
+        if cells > DRAWN_CELLS:
+            raise ValueError(
+                f"layers: {len(layers)} with {len(tokens)} tokens make a figure of {cells} cells, above {DRAWN_CELLS}; "
+                "name fewer by --layers, shorten the text, or write a page alone."
+            )
+        figure = draw_maps(trace, tokens, args.layers)
+        for name in figures:
+            save_figure(figure, name)
+    prediction = loaded.explain(inputs, trace, gradients=False) if loaded.can_explain(inputs) else None
+    for name in ends_in(args, (".html",)):
+        save_html(trace, tokens, name, prediction=prediction, about=shown_about(args, loaded))
+
+
+def run_explain(args: argparse.Namespace) -> None:
+    check_count(args.text, 1, "explain")
+    loaded = LoadedModel(args.model)
+    inputs = loaded.encode(args.text)
+    trace = trace_lambdas(loaded.model, inputs)
+    prediction = loaded.explain(inputs, trace, args.target)
+    tokens = loaded.tokens(inputs)
+    ways = prediction.ways()
+    print(prediction.of)
+    columns = [way.tokens[0].tolist() for way in ways.values()]
+    print_table(("token", *ways), [*zip(tokens, *columns), ("bias", *(way.bias[0].item() for way in ways.values()))])
+    for name in ends_in(args, (".html",)):
+        save_html(trace, tokens, name, prediction=prediction, about=shown_about(args, loaded))
+    for name in ends_in(args, FIGURES):
+        save_figure(draw_contributions(tokens, ways, prediction.of), name)
+    results: dict[str, Any] = {
+        "prediction": prediction.of,
+        "likeliest": [{"name": name, "probability": probability} for name, probability in prediction.likeliest],
+        "tokens": tokens,
+    }
+    for name, way in ways.items():
+        results[name] = {"tokens": way.tokens[0].tolist(), "bias": way.bias[0].item(), "logit": way.logit[0].item()}
+        if isinstance(way, Explanation):
+            parts = ({part: getattr(layer, part)[0].tolist() for part in PARTS_OF_LAYER} for layer in way.layers)
+            results[name]["layers"] = list(parts)
+    write_json(args, loaded, results)
+
+
+def run_swap(args: argparse.Namespace) -> None:
+    check_count(args.texts, 2, "swap")
+    loaded = LoadedModel(args.model)
+    pair = [loaded.encode([text]) for text in args.texts]
+    results: list[dict[str, Any]] = []
+    for inputs, other, text in zip(pair, reversed(pair), args.texts):
+        masks = loaded.masks(inputs) if loaded.predicts_tokens else []
+        effects = swap_effects(loaded.model, inputs, other, masks)
+        found = [asdict(effect) for effect in effects]
+        for effect in found:
+            effect["likeliest"] = [loaded.tokenizer.convert_ids_to_tokens(token) for token in effect["likeliest"]]
+        results.append({"text": text, "effects": found})
+        print(f"{text}: with the λc of the other text")
+        print_table(
+            ("layer", "cosine of both λc", "change of states", "nats", "changed", "[MASK]"),
+            [
+                (
+                    "all" if effect["layer"] is None else str(effect["layer"]),
+                    *(effect[name] for name in ("cosine", "hidden_states", "divergence", "changed")),
+                    " ".join(effect["likeliest"]),
+                )
+                for effect in found
+            ],
+        )
+    write_json(args, loaded, {"texts": results})
+
+
+def run_topics(args: argparse.Namespace) -> None:
+    texts, topics = read_texts(args.file)
+    if not 1 <= args.neighbours < len(texts):
+        raise ValueError(
+            f"neighbours={args.neighbours}: {args.file} has {len(texts)} texts; give 1 ... {len(texts) - 1}."
+        )
+    loaded = LoadedModel(args.model)
+    batches = loaded.batches(texts, "text")
+    features = topic_features(loaded.model, tqdm(batches, unit="batch"))
+    found = neighbours(features, topics, args.neighbours)
+    if topics is None:
+        print("the nearest text, by line, for each")
+        print_table(
+            ("text", *(row.row for row in found)),
+            [(str(i + 1), *(int(row.nearest[i, 0]) + 1 for row in found)) for i in range(len(texts))],
+        )
+    else:
+        print_table(
+            ("row", "nearest has the topic", "from", "to"),
+            [(row.row, row.same_topic, *(row.interval or ())) for row in found]
+            + [("chance", chance(topics), None, None)],
+        )
+    rows = [asdict(row) | {"nearest": row.nearest.tolist(), "cosines": row.cosines.tolist()} for row in found]
+    known = {} if topics is None else {"topics": topics, "chance": chance(topics)}
+    write_json(args, loaded, {"texts": texts, **known, "rows": rows})
+
+
+def run_probe(args: argparse.Namespace) -> None:
+    tasks = [read_task(file) for file in args.tasks]
+    loaded = LoadedModel(args.model)
+    results = {}
+    for task in tasks:
+        rows = probe_task(task, feature_rows(loaded.model, loaded.batches(task.texts, f"task={task.name}, text")))
+        results[task.name] = rows
+        print(task.name)
+        print_table(
+            ("row", "accuracy", "from", "to", "selectivity", "bits", "dimension", "at equal dimension", "encoded"),
+            [
+                (
+                    row["row"],
+                    row["full"]["accuracy"],
+                    *row["full"]["interval"],
+                    row["full"]["selectivity"],
+                    row["full"]["codelength"],
+                    row["full"]["dimension"],
+                    row["equal dimension"]["accuracy"],
+                    {True: "yes", False: "no", None: ""}[row["full"]["encoded"]],
+                )
+                for row in rows
+            ],
+        )
+    for name in ends_in(args, FIGURES):
+        save_figure(draw_probes(results), name)
+    write_json(args, loaded, {"tasks": results})
+
+
+def run_faithfulness(args: argparse.Namespace) -> None:
+    texts, _ = read_texts(args.file)
+    loaded = LoadedModel(args.model)
+    if not loaded.predicts_tokens:
+        raise ValueError(
+            f"model={args.model} is a {type(loaded.model).__name__}; faithfulness masks words, so give a masked "
+            "language model."
+        )
+    longest = min(FAITHFULNESS_TOKENS, loaded.limit or FAITHFULNESS_TOKENS)
+    examples = masked_examples(loaded.tokenizer, texts, longest)
+    found = faithfulness(loaded.model, examples, loaded.tokenizer.mask_token_id)
+    print_table(
+        ("method", "Spearman", "from", "to", "seconds"),
+        [(name, row["spearman"], *row["interval"], row["processor seconds"]) for name, row in found.items()],
+    )
+    write_json(args, loaded, {"examples": len(examples), "methods": found})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    logging.set_verbosity_error()
+    try:
+        args = build_parser().parse_args(argv)
+        check_outputs(args)
+        args.run(args)
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

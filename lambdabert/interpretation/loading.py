@@ -1,0 +1,213 @@
+"""A saved model with its tokenizer, texts for it, and the prediction that a text asks for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import logging
+
+import modeling_lambdabert
+
+from .explanations import explain_prediction, integrated_gradients
+from .page import ExplainedPrediction
+from .traces import LambdaTrace
+
+BATCH = 32
+LIKELIEST = 5
+CLASSIFIERS = (
+    modeling_lambdabert.LambdaBertForSequenceClassification,
+    modeling_lambdabert.LambdaBertForNextSentencePrediction,
+)
+
+
+class LoadedModel:
+    """A model in float32 and evaluation mode, of the class that it was saved as, and its tokenizer.
+
+    Args:
+        name: a folder or a hub name. No code of it is run: the classes are those of this installation.
+
+    Raises:
+        ValueError: no LambdaBERT, or no tokenizer of its own.
+        OSError: nothing is there.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        fields, _ = PreTrainedConfig.get_config_dict(name)
+        if (kind := fields.get("model_type")) != "lambdabert":
+            raise ValueError(
+                f"model={name} is of type {kind} and has no lambda layers to look into; give a LambdaBERT. "
+                "distill_from_bert.py makes one of a BERT."
+            )
+        architecture = next(iter(fields.get("architectures") or ()), None)
+        known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
+        logging.disable_progress_bar()
+        self.model: Any = getattr(modeling_lambdabert, known).from_pretrained(name, dtype=torch.float32)
+        self.model.eval()
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"model={name} has no tokenizer that can be read ({error}); save it there.") from None
+        vocabulary = self.model.config.vocab_size
+        if not len(self.tokenizer.all_special_ids) < len(self.tokenizer) <= vocabulary:
+            raise ValueError(
+                f"model={name} has vocab_size={vocabulary}, but its tokenizer has {len(self.tokenizer)} tokens, so it "
+                "is missing or another model's; save the one that it was trained with there."
+            )
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a text; None = any number."""
+        config = self.model.config
+        is_bounded = config.position_embedding_type == "absolute" or config.local_context_size is None
+        return config.max_position_embeddings if is_bounded else None
+
+    def encode(self, texts: Sequence[str], what: str = "text") -> Any:
+        """What the tokenizer returns for texts, padded to the longest.
+
+        Args:
+            texts: one or more.
+            what: how a message calls them.
+
+        Raises:
+            ValueError: an empty text, or one above the model's limit.
+        """
+        limit = self.limit
+        for text in texts:
+            shown = text if len(text) <= 40 else text[:40] + "…"
+            length = len(self.tokenizer(text)["input_ids"])
+            if length <= len(self.tokenizer("")["input_ids"]):
+                raise ValueError(f"{what}={shown!r} holds no word; give some.")
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"{what}={shown!r} has {length} tokens, and the model takes max_position_embeddings={limit}; "
+                    "shorten it."
+                )
+        return self.tokenizer(list(texts), return_tensors="pt", padding=True)
+
+    def batches(self, texts: Sequence[str], what: str) -> list[Any]:
+        """Texts in batches; arguments and errors of `encode`."""
+        return [self.encode(texts[start : start + BATCH], what) for start in range(0, len(texts), BATCH)]
+
+    def tokens(self, inputs: Any) -> list[str]:
+        """The words of the first row."""
+        return self.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+
+    def masks(self, inputs: Any) -> list[int]:
+        """Places of [MASK] in the first row."""
+        if self.tokenizer.mask_token_id is None:
+            return []
+        return (inputs["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
+
+    @property
+    def predicts_tokens(self) -> bool:
+        return hasattr(self.model, "cls") and hasattr(self.model.cls, "predictions")
+
+    @property
+    def predicts_classes(self) -> bool:
+        return isinstance(self.model, CLASSIFIERS) and (self.model.config.num_labels or 0) > 1
+
+    def can_explain(self, inputs: Any) -> bool:
+        """Whether a text asks for one prediction."""
+        if self.predicts_tokens:
+            return len(self.masks(inputs)) == 1
+        return self.predicts_classes and self.tokenizer.mask_token_id is not None
+
+    def explain(
+        self, inputs: Any, trace: LambdaTrace, target: str | None = None, gradients: bool = True
+    ) -> ExplainedPrediction:
+        """The explanation of a masked token or of a class.
+
+        Args:
+            inputs: of `encode`, one text.
+            trace: of them.
+            target: the token or class whose logit is explained; None = the likeliest.
+            gradients: whether to add integrated gradients.
+
+        Raises:
+            ValueError: a text without [MASK], or with several; an unknown target; a model that predicts neither tokens
+                nor classes; a tokenizer without [MASK].
+        """
+        if self.tokenizer.mask_token_id is None:
+            raise ValueError(f"model={self.name}: its tokenizer has no [MASK], which explanations compare with.")
+        place = None
+        if self.predicts_tokens:
+            found = self.masks(inputs)
+            if len(found) != 1:
+                raise ValueError(
+                    f"text holds {len(found)} {self.tokenizer.mask_token}, and one prediction is explained; put "
+                    "exactly one in place of a word."
+                )
+            place = found[0]
+            outputs = trace.outputs
+            logits = (outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits)[0, place]
+        elif self.predicts_classes:
+            logits = trace.outputs.logits[0]
+        else:
+            raise ValueError(
+                f"model={self.name} is a {type(self.model).__name__}; explained are masked language models and "
+                "classifiers of texts. `map` shows any model."
+            )
+        probabilities = logits.softmax(-1)
+        best = probabilities.topk(min(LIKELIEST, len(probabilities)))
+        token = int(best.indices[0]) if target is None else self._index(target)
+        arguments = (self.model, inputs, place, token, self.tokenizer.mask_token_id)
+        where = "its class" if place is None else f"{self.tokenizer.mask_token} ({place})"
+        return ExplainedPrediction(
+            of=f"“{self._name(token)}” as {where}, with a probability of {probabilities[token]:.3f}.",
+            explanation=explain_prediction(*arguments),
+            integrated_gradients=integrated_gradients(*arguments) if gradients else None,
+            likeliest=[(self._name(int(i)), float(p)) for i, p in zip(best.indices, best.values)],
+            place=place,
+        )
+
+    def _name(self, index: int) -> str:
+        if self.predicts_tokens:
+            return self.tokenizer.convert_ids_to_tokens([index])[0]
+        return self._classes()[index]
+
+    def _classes(self) -> list[str]:
+        names: dict[Any, str] = self.model.config.id2label or {}
+        return [str(names.get(i, i)) for i in range(self.model.config.num_labels)]
+
+    def _index(self, target: str) -> int:
+        if self.predicts_tokens:
+            token = self.tokenizer.get_vocab().get(target)
+            if token is None:
+                pieces = ", ".join(self.tokenizer.tokenize(target))
+                raise ValueError(f"target={target} is no token of the model, which has the pieces {pieces}; give one.")
+            return token
+        if target not in (classes := self._classes()):
+            raise ValueError(f"target={target} is no class of the model; give one of {', '.join(classes)}.")
+        return classes.index(target)
+
+
+def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
+    """Texts and, where known, their topics: one text a line; in a .tsv, columns text and topic named by the first line.
+
+    Raises:
+        ValueError: a file that cannot be read as that, or without a text.
+    """
+    file = Path(file)
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"file={file} cannot be read as text ({error}); name a file with one text a line.") from None
+    if file.suffix != ".tsv":
+        if not lines:
+            raise ValueError(f"file={file} holds no text; put one on each line.")
+        return [line.strip() for line in lines], None
+    table = [line.rstrip("\r").split("\t") for line in lines]
+    header = table[0] if table else []
+    if "text" not in header or len(table) < 2:
+        raise ValueError(
+            f"file={file} has the columns {header} and {max(0, len(table) - 1)} rows; name a column text in the first "
+            "line, and topic where known, separated by tabs."
+        )
+    for number, row in enumerate(table[1:], 2):
+        if len(row) != len(header):
+            raise ValueError(f"file={file}, row {number} has {len(row)} columns, the header {len(header)}; mend it.")
+    columns = {name: [row[i] for row in table[1:]] for i, name in enumerate(header)}
+    return columns["text"], columns.get("topic")

@@ -1,0 +1,81 @@
+"""What changes in a text when another text's content lambda takes the place of its own, layer by layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .interventions import replace_lambdas
+from .models import lambda_layers
+from .traces import trace_lambdas
+
+
+@dataclass
+class SwapEffect:
+    """What the exchange in one layer, or in all, does to a text.
+
+    Attributes:
+        layer: None = all.
+        cosine: between the two texts' content lambdas; None for all layers.
+        hidden_states: length of the change of the last hidden states over their own, mean over tokens.
+        divergence: of the predictions after from those before, Kullback-Leibler, nats, mean over the predictions;
+            None without a head that classifies.
+        changed: part of the predictions whose likeliest class is another; None likewise.
+        likeliest: for each place asked for, the likeliest classes after it.
+    """
+
+    layer: int | None
+    cosine: float | None
+    hidden_states: float
+    divergence: float | None
+    changed: float | None
+    likeliest: list[int]
+
+
+@torch.no_grad()
+def swap_effects(
+    model: PreTrainedModel, inputs: Mapping[str, Any], other: Mapping[str, Any], places: Sequence[int] = ()
+) -> list[SwapEffect]:
+    """What changes in a text with the content lambdas of another, in each layer alone and in all.
+
+    Args:
+        model: a LambdaBERT of any class, in evaluation mode.
+        inputs: of the text, one row.
+        other: of the other text, one row; its lambdas are those of the model unchanged.
+        places: whose likeliest token is told.
+
+    Raises:
+        ValueError: as in `trace_lambdas`; several rows.
+    """
+    for name, some in (("inputs", inputs), ("other", other)):
+        if len(some["input_ids"]) != 1:
+            raise ValueError(f"{name} has {len(some['input_ids'])} rows; give one text.")
+    count = len(lambda_layers(model))
+    own, others = trace_lambdas(model, inputs), trace_lambdas(model, other)
+    before, states = _log_probabilities(own.outputs), own.outputs.hidden_states[-1]
+    effects = []
+    for layer in (*range(count), None):
+        replaced = range(count) if layer is None else (layer,)
+        with replace_lambdas(model, {index: others.layers[index].content for index in replaced}):
+            swapped = trace_lambdas(model, inputs).outputs
+        change = (swapped.hidden_states[-1] - states).norm(dim=-1) / states.norm(dim=-1)
+        after = _log_probabilities(swapped)
+        divergence = changed = None
+        if before is not None and after is not None:
+            divergence = (before.exp() * (before - after)).sum(-1).mean().item()
+            changed = (before.argmax(-1) != after.argmax(-1)).double().mean().item()
+        cosine = None
+        if layer is not None:
+            content, content_of_other = (one.layers[layer].content.flatten() for one in (own, others))
+            cosine = torch.cosine_similarity(content, content_of_other, dim=0).item()
+        likeliest = [int(after[0, place].argmax()) for place in places] if after is not None else []
+        effects.append(SwapEffect(layer, cosine, change.mean().item(), divergence, changed, likeliest))
+    return effects
+
+
+def _log_probabilities(outputs: Any) -> torch.Tensor | None:
+    """Of each token's or each sequence's classes, [B, ..., C]."""
+    logits = outputs.get("prediction_logits", outputs.get("logits"))
+    return None if logits is None or logits.shape[-1] < 2 else logits.log_softmax(-1)

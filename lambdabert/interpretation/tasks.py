@@ -1,0 +1,117 @@
+"""Probing tasks in files, and every row of comparison for one."""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .probes import SPLITS, ProbeResult, is_encoded, probe
+
+COLUMNS = ("split", "label", "text")
+NO_TARGET = "_"
+RARE = "(rare)"
+
+
+@dataclass
+class Task:
+    """One label a text.
+
+    Attributes:
+        name: of the file.
+        texts, labels, splits: [S] each.
+        groups: [S], the word that decides a label, for control tasks; words that decide a single one share a name.
+            None = unknown.
+    """
+
+    name: str
+    texts: list[str]
+    labels: list[str]
+    splits: list[str]
+    groups: list[str] | None
+
+
+def read_task(file: str | Path) -> Task:
+    """Reads a task: tab-separated, with a header that names split, label, text and, where known, target.
+
+    Raises:
+        ValueError: another shape; an unknown split; an empty file.
+    """
+    file = Path(file)
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"task={file} cannot be read as text ({error}); name a tab-separated file.") from None
+    header = rows[0] if rows else []
+    if missing := [name for name in COLUMNS if name not in header]:
+        raise ValueError(
+            f"task={file} lacks the column {missing[0]}: its first line must name split, label, text and, where known, "
+            "target, separated by tabs."
+        )
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(header):
+            raise ValueError(f"task={file}, line {number} has {len(row)} columns, the header {len(header)}; mend it.")
+    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
+    for number, split in enumerate(columns["split"], 2):
+        if split not in SPLITS:
+            raise ValueError(f"task={file}, line {number}: split={split!r} is unknown; give {', '.join(SPLITS)}.")
+    if not columns["text"]:
+        raise ValueError(f"task={file} holds no example; add lines below the header.")
+    if len(classes := set(columns["label"])) < 2:
+        raise ValueError(f"task={file}: all labels are {classes.pop()!r}, and there is nothing to tell apart.")
+    targets = columns.get("target")
+    groups = None if targets is None or set(targets) == {NO_TARGET} else _with_common_name(targets)
+    return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
+
+
+def _with_common_name(targets: list[str]) -> list[str]:
+    """Targets, those of a single example under one name."""
+    counts = Counter(targets)
+    return [target if counts[target] > 1 else RARE for target in targets]
+
+
+def probe_task(task: Task, features: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Probes of every row of features, each in full and at equal dimension.
+
+    Args:
+        task: the labels.
+        features: of the task's texts, by `feature_rows`.
+
+    Returns:
+        For each row of features its name, "full" and "equal dimension" (principal components, as many as the smallest
+        row of the model has), each with accuracy, interval, control accuracy, selectivity, codelength and whether it is
+        "encoded": above bag of words and the same row of every model of random weights, by more than the interval. That
+        is None for rows that are themselves compared with.
+
+    Raises:
+        ValueError: as in `probe`.
+    """
+    equal = min(rows.shape[1] for name, rows in features.items() if "hidden state" in name or "lambda" in name)
+    found: dict[str, dict[str, ProbeResult]] = {}
+    for name, rows in tqdm(features.items(), unit="row", desc=task.name):
+        full = probe(rows, task.labels, task.groups, task.splits)
+        small = full if rows.shape[1] <= equal else probe(rows, task.labels, task.groups, task.splits, equal)
+        found[name] = {"full": full, "equal dimension": small}
+    return [{"row": name, **{size: _summary(name, size, found) for size in results}} for name, results in found.items()]
+
+
+def _summary(name: str, size: str, found: Mapping[str, Mapping[str, ProbeResult]]) -> dict[str, Any]:
+    result = found[name][size]
+    of_random_models = [rows[size] for other, rows in found.items() if other.endswith(f", {name}")]
+    return {
+        "accuracy": result.accuracy,
+        "interval": result.interval,
+        "accuracies": result.accuracies,
+        "dimension": result.dimension,
+        "strength": result.strength,
+        "control accuracy": result.control_accuracy,
+        "selectivity": result.selectivity,
+        "codelength": result.codelength,
+        "uniform codelength": result.uniform_codelength,
+        "encoded": is_encoded(result, found["bag of words"][size], of_random_models) if of_random_models else None,
+    }

@@ -1,0 +1,103 @@
+"""Which texts are alike: nearest neighbours by the content lambda of each layer, next to the mean hidden state."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .intervals import bootstrap_interval
+from .models import model_inputs
+from .traces import trace_lambdas
+
+
+@dataclass
+class Neighbours:
+    """Nearest neighbours by one row of features.
+
+    Attributes:
+        row: the features: "content lambda i", "content lambda, all layers" or "mean hidden state i".
+        nearest: int [S, T], the texts nearest to each, nearest first.
+        cosines: [S, T]
+        same_topic: part of the texts whose nearest neighbour has their topic; None without topics.
+        interval: of that, 95 %, bootstrap over topics.
+    """
+
+    row: str
+    nearest: torch.Tensor
+    cosines: torch.Tensor
+    same_topic: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+def topic_features(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Features [S, F] of the S texts of all batches, by the row's name.
+
+    "mean hidden state i" is the mean over real tokens of layer i's output, the rest is λc; layers count from 0.
+
+    Args:
+        model: a LambdaBERT of any class, in evaluation mode.
+        batches: what its tokenizer returns with `return_tensors="pt"`, [B, N] each.
+
+    Raises:
+        ValueError: as in `trace_lambdas`.
+    """
+    encoder: Any = model.base_model
+    rows: dict[str, list[torch.Tensor]] = {}
+    for inputs in batches:
+        trace = trace_lambdas(encoder, model_inputs(encoder, inputs))
+        mask = trace.token_mask[..., None]
+        contents = [layer.content.flatten(1) for layer in trace.layers]
+        found = {f"content lambda {i}": content for i, content in enumerate(contents)}
+        found["content lambda, all layers"] = torch.cat([_unit(content) for content in contents], 1)
+        for i, states in enumerate(trace.outputs.hidden_states[1:]):
+            found[f"mean hidden state {i}"] = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        for name, features in found.items():
+            rows.setdefault(name, []).append(features.float().cpu())
+    return {name: torch.cat(found) for name, found in rows.items()}
+
+
+def neighbours(
+    features: Mapping[str, torch.Tensor], topics: Sequence[Any] | None = None, count: int = 5
+) -> list[Neighbours]:
+    """The nearest neighbours of every text by cosine, for each row of features.
+
+    The mean over the texts is taken off first: most of a content lambda is common to all texts.
+
+    Args:
+        features: by name, [S, F].
+        topics: [S], what a text is about, for example its article. None = unknown.
+        count: neighbours of each text.
+
+    Raises:
+        ValueError: fewer than 3 texts, other than S topics, no neighbour.
+    """
+    found = []
+    for name, rows in features.items():
+        texts = len(rows)
+        if texts < 3:
+            raise ValueError(f"features have {texts} texts, of which none is nearer than another; give 3 or more.")
+        if not 1 <= count < texts:
+            raise ValueError(f"count={count}: each of {texts} texts has {texts - 1} neighbours; give 1 to that.")
+        if topics is not None and len(topics) != texts:
+            raise ValueError(f"topics has {len(topics)} entries for {texts} texts; give one for each.")
+        directions = _unit(rows.double() - rows.double().mean(0))
+        cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
+        nearest = cosines.topk(count)
+        row = Neighbours(name, nearest.indices, nearest.values)
+        if topics is not None:
+            numbers = torch.tensor([list(dict.fromkeys(topics)).index(topic) for topic in topics])
+            same = (numbers[nearest.indices[:, 0]] == numbers).double()
+            row.same_topic, row.interval = same.mean().item(), bootstrap_interval(same, numbers)
+        found.append(row)
+    return found
+
+
+def chance(topics: Sequence[Any]) -> float:
+    """The part of texts that would have a neighbour of their topic if neighbours were drawn at random."""
+    return sum(topics.count(topic) - 1 for topic in topics) / (len(topics) * (len(topics) - 1))
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)

@@ -1,0 +1,325 @@
+"""The command that looks inside: what it writes, and what it refuses in one line."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import interpret_lambdas
+import modeling_lambdabert
+from lambdabert.interpretation import (
+    chance,
+    explain_prediction,
+    neighbours,
+    replace_lambdas,
+    swap_effects,
+    topic_features,
+    trace_lambdas,
+)
+
+SENTENCES = [
+    "the fox sees a dog",
+    "the dog sees a fox and a bird",
+    "a bird sings in the tree",
+    "the tree is green and the bird is red",
+]
+
+
+@pytest.fixture(scope="module")
+def folders(text, tmp_path_factory):
+    """Folders of tiny LambdaBERTs with the text's tokenizer, by kind."""
+    folder = tmp_path_factory.mktemp("lambdas")
+    tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    fields = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 32, "max_position_embeddings": 40}
+    fields |= {"vocab_size": len(tokenizer), "num_lambda_queries": 2, "key_depth": 3}
+    labels = {0: "red", 1: "green", 2: "blue"}
+    for kind in ("Model", "ForMaskedLM", "ForPreTrainingSOP", "ForSequenceClassification", "ForTokenClassification"):
+        torch.manual_seed(0)
+        config = modeling_lambdabert.LambdaBertModel.config_class(**fields, id2label=labels)
+        model = getattr(modeling_lambdabert, "LambdaBert" + kind)(config)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder / kind)
+        tokenizer.save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture
+def interpret(folders, tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder; returns its status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(command, *arguments, kind="ForMaskedLM"):
+        status = interpret_lambdas.main([command, *arguments, "--model", str(folders / kind)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def load(folders, kind):
+    model = getattr(modeling_lambdabert, "LambdaBert" + kind).from_pretrained(folders / kind).eval()
+    return model, AutoTokenizer.from_pretrained(folders / kind)
+
+
+class TestMap:
+    @pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"])
+    def test_page_and_figures(self, interpret, tmp_path, kind):
+        status, out, errors = interpret(
+            "map", "the fox [MASK] a dog", "--output", "a.html", "a.svg", "a.png", kind=kind
+        )
+        assert (status, out, errors) == (0, "", "")
+        page = (tmp_path / "a.html").read_text(encoding="utf-8")
+        assert ("The prediction" in page) == (kind in ("ForMaskedLM", "ForSequenceClassification"))
+        drawing = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert "<image" not in drawing  # vectors only
+        assert drawing.count("<path") > 100
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_some_layers(self, interpret, tmp_path):
+        assert interpret("map", SENTENCES[0], "--layers", "1", "--output", "a.svg")[0] == 0
+        text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert "layer 1, content" in text and "layer 0" not in text
+
+
+class TestExplain:
+    @pytest.mark.parametrize("kind", ["ForMaskedLM", "ForPreTrainingSOP"])
+    def test_masked_word(self, interpret, folders, tmp_path, kind):
+        sentence = "the fox [MASK] a dog"
+        status, out, _ = interpret("explain", sentence, "--output", "a.json", "a.html", "a.png", kind=kind)
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        assert status == 0
+        model, tokenizer = load(folders, kind)
+        inputs = tokenizer(sentence, return_tensors="pt")
+        place = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+        outputs = model(**inputs)
+        logits = (outputs.logits if kind == "ForMaskedLM" else outputs.prediction_logits)[0, place]
+        assert found["explanation"]["logit"] == pytest.approx(logits.max().item(), abs=1e-5)
+        expected = explain_prediction(model, inputs, place, int(logits.argmax()))
+        assert found["explanation"]["tokens"] == pytest.approx(expected.tokens[0].tolist(), abs=1e-5)
+        for way in ("explanation", "integrated gradients"):
+            way = found[way]
+            assert sum(way["tokens"]) + way["bias"] == pytest.approx(way["logit"], abs=1e-2)
+        assert found["likeliest"][0]["name"] == tokenizer.convert_ids_to_tokens(int(logits.argmax()))
+        assert f"{expected.tokens[0, 1]:.3f}" in out
+
+    def test_class(self, interpret, folders, tmp_path):
+        arguments = ("explain", SENTENCES[0], "--target", "blue", "--output", "a.json")
+        assert interpret(*arguments, kind="ForSequenceClassification")[0] == 0
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        model, tokenizer = load(folders, "ForSequenceClassification")
+        logits = model(**tokenizer(SENTENCES[0], return_tensors="pt")).logits[0]
+        assert found["explanation"]["logit"] == pytest.approx(logits[2].item(), abs=1e-5)
+        assert {row["name"] for row in found["likeliest"]} == {"red", "green", "blue"}
+
+    def test_json_says_model_versions_and_arguments(self, interpret, folders, tmp_path):
+        interpret("explain", "the [MASK] dog", "--output", "a.json")
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        assert found["model"]["class"] == "LambdaBertForMaskedLM" and found["model"]["key_depth"] == 3
+        assert set(found["versions"]) == {"python", "torch", "transformers"}
+        assert found["arguments"]["text"] == ["the [MASK] dog"] and found["arguments"]["output"] == ["a.json"]
+
+
+class TestSwap:
+    def test_effects_are_those_of_the_intervention(self, folders):
+        model, tokenizer = load(folders, "ForMaskedLM")
+        first, second = (tokenizer(sentence, return_tensors="pt") for sentence in SENTENCES[:2])
+        effects = swap_effects(model, first, second, places=[2])
+        assert [effect.layer for effect in effects] == [0, 1, None]
+        with torch.no_grad():
+            before = model(**first).logits[0].log_softmax(-1)
+            with replace_lambdas(model, {1: second}):
+                after = model(**first).logits[0].log_softmax(-1)
+        divergence = torch.nn.functional.kl_div(after, before, log_target=True, reduction="batchmean").item()
+        assert effects[1].divergence == pytest.approx(divergence, abs=1e-6) and divergence > 0
+        assert effects[1].likeliest == [int(after[2].argmax())]
+
+    def test_a_text_with_itself_changes_nothing(self, folders):
+        model, tokenizer = load(folders, "ForMaskedLM")
+        inputs = tokenizer(SENTENCES[0], return_tensors="pt")
+        for effect in swap_effects(model, inputs, inputs):
+            assert effect.hidden_states == effect.divergence == effect.changed == 0
+            assert effect.layer is None or effect.cosine == pytest.approx(1)
+
+    @pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+    def test_command(self, interpret, tmp_path, kind):
+        status, out, _ = interpret("swap", "the [MASK] dog", SENTENCES[1], "--output", "a.json", kind=kind)
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["texts"]
+        assert status == 0 and [text["text"] for text in found] == ["the [MASK] dog", SENTENCES[1]]
+        assert (found[0]["effects"][0]["divergence"] is None) == (kind == "Model")
+        assert [len(text["effects"][0]["likeliest"]) for text in found] == [kind == "ForMaskedLM", 0]
+        assert out.count("all") == 2
+
+
+class TestTopics:
+    def test_nearest_are_the_most_alike(self):
+        # four directions about a common part, at several lengths
+        directions = torch.eye(8)[:2].repeat(2, 1) * torch.tensor([1.0, 1, -1, -1])[:, None]
+        lengths = torch.tensor([1.0, 2, 4]).repeat(4)
+        rows = 9 + directions.repeat_interleave(3, 0) * lengths[:, None]
+        topics = [name for name in "abcd" for _ in range(3)]
+        (found,) = neighbours({"row": rows}, topics, count=2)
+        assert found.same_topic == 1 and found.interval == (1, 1)
+        for text, nearest in enumerate(found.nearest.tolist()):
+            assert set(nearest) == {3 * (text // 3) + i for i in range(3)} - {text}
+        assert chance(topics) == pytest.approx(2 / 11)
+
+    def test_features_are_those_of_the_traces(self, folders):
+        model, tokenizer = load(folders, "ForMaskedLM")
+        batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
+        rows = topic_features(model, [batch])
+        alone = trace_lambdas(model, tokenizer(SENTENCES[1], return_tensors="pt"))
+        torch.testing.assert_close(rows["content lambda 1"][1], alone.layers[1].content[0].flatten())
+        torch.testing.assert_close(rows["mean hidden state 1"][1], alone.outputs.hidden_states[2][0].mean(0))
+
+    def test_command(self, interpret, tmp_path):
+        (tmp_path / "texts.txt").write_text("\n\n".join(SENTENCES))
+        rows = [f"{'fox' if i < 2 else 'tree'}\t{sentence}" for i, sentence in enumerate(SENTENCES)]
+        (tmp_path / "texts.tsv").write_text("topic\ttext\n" + "\n".join(rows) + "\n")
+        status, out, _ = interpret("topics", "texts.txt", "--neighbours", "2", "--output", "a.json")
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        assert status == 0 and found["texts"] == SENTENCES and len(found["rows"]) == 5
+        assert [len(row["nearest"][0]) for row in found["rows"]] == [2] * 5 and len(out.splitlines()) == 2 + 4
+        status, out, _ = interpret("topics", "texts.tsv", "--neighbours", "1")
+        assert status == 0 and re.search(r"chance +0\.333", out)
+
+
+def write_task(file, rows, header="split\tlabel\ttext\ttarget"):
+    file.write_text("\n".join([header, *("\t".join(row) for row in rows)]) + "\n")
+
+
+def task_rows():
+    animals = ["fox", "dog", "bird", "tree"]
+    rows = []
+    for split, count in (("train", 40), ("dev", 12), ("test", 12)):
+        for i in range(count):
+            first, second, verb = animals[i % 4], animals[(i + i // 4) % 4], "sees" if i % 2 else "is"
+            rows.append((split, str(i % 2), f"the {first} {verb} the {second}", first))
+    return [*rows, ("train", "0", "the day is red", "day"), ("train", "1", "the night sees red", "night")]
+
+
+class TestProbe:
+    def test_every_row_in_full_and_at_equal_dimension(self, interpret, tmp_path):
+        pytest.importorskip("sklearn")
+        write_task(tmp_path / "verb.tsv", task_rows())
+        status, out, errors = interpret("probe", "verb.tsv", "--output", "a.json", "a.svg")
+        assert status == 0, errors
+        rows = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["tasks"]["verb"]
+        by_name = {row["row"]: row for row in rows}
+        expected = {"majority", "length", "bag of words", "mean embedding", "content lambda, all layers"}
+        expected |= {f"{name} {i}" for name in ("mean hidden state", "mean value", "content lambda") for i in range(2)}
+        expected |= {f"random-key content lambda {i}" for i in range(2)}
+        random = {f"random model {j}, content lambda {of}" for j in range(3) for of in (0, 1)}
+        random |= {f"random model {j}, content lambda, all layers" for j in range(3)}
+        assert set(by_name) == expected | random
+        assert by_name["majority"]["full"]["accuracy"] == 0.5 and by_name["bag of words"]["full"]["accuracy"] == 1
+        assert max(row["equal dimension"]["dimension"] for row in rows) == 24  # of the hidden states
+        assert by_name["bag of words"]["full"]["control accuracy"] is not None
+        # nothing is above what the words say
+        assert {row["full"]["encoded"] for row in rows} == {False, None}
+        assert all(name in out for name in expected)
+
+
+class TestFaithfulness:
+    def test_command(self, interpret, tmp_path):
+        (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+        status, out, _ = interpret("faithfulness", "texts.txt", "--output", "a.json")
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        assert status == 0 and found["examples"] == 4
+        assert set(found["methods"]) == {"explanation", "integrated gradients", "gradient x input", "nearness"}
+        assert all(-1 <= row["spearman"] <= 1 for row in found["methods"].values()) and "nearness" in out
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("explain", "the fox sees"), r"text holds 0 \[MASK\].*exactly one"),
+            (("explain", "the [MASK] [MASK]"), r"text holds 2 \[MASK\]"),
+            (("explain", "the [MASK]", "--target", "foxes and dogs"), "target=foxes and dogs is no token"),
+            (("explain", "one", "two"), "text: 2 given, and explain takes one"),
+            (("map", "one", "two", "--output", "b.html"), "text: 2 given, and map takes one"),
+            (("map", "--output", "b.html"), "text: 0 given"),
+            (("map", "the fox"), "output: map writes a page"),
+            (("map", " ", "--output", "b.html"), "text=' ' holds no word"),
+            (("map", "fox " * 60, "--output", "b.html"), "text='fox.*max_position_embeddings=40; shorten it"),
+            (("map", "the fox", "--output", "mine.html"), "output=mine.html exists and is not overwritten"),
+            (("map", "the fox", "--output", "b.html", "mine.html"), "output=mine.html exists"),
+            (("map", "the fox", "--output", "b.pdf"), "output=b.pdf: map writes .html, .svg, .png"),
+            (("map", "the fox", "--output", "no/b.html"), "output=no/b.html: the folder no does not exist"),
+            (("map", "the fox", "--output", "b.html", "b.html"), "output=b.html is named twice"),
+            (("map", "the fox", "--output", "b.html", "--layers", "0"), "layers has no effect without a figure"),
+            (("map", "the fox", "--output", "b.svg", "--layers", "7"), "layer=7: the model has 2 lambda layers"),
+            (("swap", "the fox"), "text: 1 given, and swap takes two"),
+            (("swap", "the fox", "a", "b"), "text: 3 given"),
+            (("topics", "none.txt"), "file=none.txt cannot be read"),
+            (("topics", "empty.txt"), "file=empty.txt holds no text"),
+            (("topics", "one.txt"), "neighbours=5: one.txt has 2 texts"),
+            (("topics", "shape.tsv"), "file=shape.tsv has the columns"),
+            (("probe", "none.tsv"), "task=none.tsv cannot be read"),
+            (("probe", "shape.tsv"), "task=shape.tsv lacks the column split"),
+            (("probe", "ragged.tsv"), "task=ragged.tsv, line 3 has 2 columns, the header 3"),
+            (("probe", "split.tsv"), "task=split.tsv, line 2: split='valid' is unknown"),
+            (("probe", "one_class.tsv"), "task=one_class.tsv: all labels are 'a'"),
+            (("probe", "rare.tsv"), r"groups='\(rare\)' has a single member"),
+            (("faithfulness", "empty.txt"), "file=empty.txt holds no text"),
+            (("draw", "x"), "invalid choice: 'draw'.*--help"),
+        ],
+    )
+    def test_bad_input(self, interpret, tmp_path, arguments, message):
+        (tmp_path / "mine.html").write_text("mine")
+        (tmp_path / "empty.txt").write_text("\n \n")
+        (tmp_path / "one.txt").write_text("the fox\nthe dog\n")
+        (tmp_path / "shape.tsv").write_text("a\tb\n1\t2\n")
+        header = "split\tlabel\ttext"
+        write_task(tmp_path / "ragged.tsv", [("train", "a", "b"), ("train", "a")], header)
+        write_task(tmp_path / "split.tsv", [("valid", "a", "b")], header)
+        write_task(tmp_path / "one_class.tsv", [("train", "a", "b"), ("test", "a", "b")], header)
+        write_task(tmp_path / "rare.tsv", task_rows()[:-1])
+        before = sorted(tmp_path.iterdir())
+        status, out, errors = interpret(*arguments)
+        assert status == 1 and len(errors.splitlines()[-1:]) == 1
+        assert re.match("error: .*" + message, errors.splitlines()[-1]), errors
+        assert sorted(tmp_path.iterdir()) == before and (tmp_path / "mine.html").read_text() == "mine"
+
+    def test_models(self, interpret, folders, teachers, tmp_path, capsys):
+        for model, message in (
+            (teachers / "plain", "is of type bert and has no lambda layers"),
+            (tmp_path / "none", "none"),
+        ):
+            assert interpret_lambdas.main(["map", "the fox", "--model", str(model), "--output", "b.html"]) == 1
+            errors = capsys.readouterr().err
+            assert errors.startswith("error: ") and len(errors.splitlines()) == 1 and message in errors
+        assert "faithfulness masks words" in interpret("faithfulness", self.texts(tmp_path), kind="Model")[2]
+        assert "`map` shows any model" in interpret("explain", "the fox", kind="Model")[2]
+        arguments = ("explain", "the fox", "--target", "black")
+        assert "give one of red, green, blue" in interpret(*arguments, kind="ForSequenceClassification")[2]
+        assert not (tmp_path / "b.html").exists()
+
+    @staticmethod
+    def texts(folder):
+        (folder / "texts.txt").write_text("\n".join(SENTENCES))
+        return "texts.txt"
+
+    def test_a_models_own_code_is_not_run(self, interpret, folders, tmp_path, monkeypatch):
+        def refuse(*_, **__):
+            raise AssertionError("code of a folder was loaded")
+
+        assert json.loads((folders / "ForMaskedLM" / "config.json").read_text())["auto_map"]
+        monkeypatch.setattr("transformers.dynamic_module_utils.get_class_from_dynamic_module", refuse)
+        monkeypatch.setattr("transformers.models.auto.tokenization_auto.get_class_from_dynamic_module", refuse)
+        assert interpret("map", "the fox", "--output", "a.html")[0] == 0
+
+    @pytest.mark.parametrize(
+        "arguments, package",
+        [(("map", "the fox", "--output", "a.svg"), "matplotlib"), (("probe", "verb.tsv"), "scikit-learn")],
+    )
+    def test_missing_packages(self, interpret, tmp_path, monkeypatch, arguments, package):
+        plain = importlib.util.find_spec
+        absent = {"matplotlib", "sklearn"}
+        monkeypatch.setattr(interpret_lambdas, "find_spec", lambda name: None if name in absent else plain(name))
+        status, _, errors = interpret(*arguments)
+        assert status == 1
+        assert errors == f'error: {package} is not installed: pip install "lambdabert[interpretation]"\n'
