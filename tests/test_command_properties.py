@@ -45,8 +45,8 @@ NOT_DRAWN = {
     "torch_compile_backend",
     "torch_compile_mode",
 }
-# without an accelerator, no memory is pinned; the other is recorded as text
-UNRECORDED = {"dataloader_pin_memory", "accelerator_config"}
+# no memory is pinned without an accelerator; recorded as text; "all" means those that are installed
+UNRECORDED = {"dataloader_pin_memory", "accelerator_config", "report_to"}
 # more of these is more work, and no mistake
 COUNTS_OF_WORK = {"max_steps", "num_train_epochs", "dupe_factor", "dataloader_num_workers", "preprocessing_num_workers"}
 
