@@ -61,6 +61,13 @@ class ExampleRecipe:
     num_workers: int = 1
     cache_dir: str | None = None
 
+    def copies(self, training: bool) -> int:
+        """How many times each document is used."""
+        return self.dupe_factor if training else 1
+
+    def most_examples(self, training: bool) -> int | None:
+        return self.max_train_samples if training else self.max_eval_samples
+
 
 class DocumentTokenizer:
     """Turns a batch of documents into token ids and sentence lengths.

@@ -124,28 +124,49 @@ def prepare_examples(
             NSP needs two, or every token of the text is unknown.
     """
     check_tokenizer(tokenizer)
-    tokenize = DocumentTokenizer(tokenizer, recipe.language)
-    copies = recipe.dupe_factor if training else 1
-    limit = recipe.max_train_samples if training else recipe.max_eval_samples
+    examples: Dataset | IterableDataset
     if isinstance(documents, IterableDataset):
-        build = ExampleBuilder(tokenizer, recipe, seed, copies)
-        summary = _look_into_stream(documents, tokenize, build)
-        stream = documents.map(
-            StreamedExamples(tokenize, build),
-            batched=True,
-            batch_size=STREAMED_DOCUMENTS_AT_A_TIME,
-            remove_columns=["text"],
-            features=build.features,
-        )
-        if limit is not None:
-            stream = stream.take(limit)
-        if training:
-            stream = stream.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer_size)
-        return stream, _checked(summary, training)
+        examples, summary = _stream_examples(documents, tokenizer, recipe, seed, training)
+    else:
+        examples, summary = _keep_examples(documents, tokenizer, recipe, seed, training)
+    return examples, _checked(summary, training)
 
+
+def _stream_examples(
+    documents: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: ExampleRecipe,
+    seed: int,
+    training: bool,
+) -> tuple[IterableDataset, PreparationSummary]:
+    tokenize = DocumentTokenizer(tokenizer, recipe.language)
+    build = ExampleBuilder(tokenizer, recipe, seed, recipe.copies(training))
+    summary = _look_into_stream(documents, tokenize, build)
+    stream = documents.map(
+        StreamedExamples(tokenize, build),
+        batched=True,
+        batch_size=STREAMED_DOCUMENTS_AT_A_TIME,
+        remove_columns=["text"],
+        features=build.features,
+    )
+    limit = recipe.most_examples(training)
+    if limit is not None:
+        stream = stream.take(limit)
+    if training:
+        stream = stream.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer_size)
+    return stream, summary
+
+
+def _keep_examples(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: ExampleRecipe,
+    seed: int,
+    training: bool,
+) -> tuple[Dataset, PreparationSummary]:
     tokenized = _map(
         documents,
-        tokenize,
+        DocumentTokenizer(tokenizer, recipe.language),
         recipe,
         desc="Tokenizing documents",
         settings=(tokenizer_state(tokenizer), recipe.language, importlib.metadata.version("sentencex")),
@@ -154,6 +175,7 @@ def prepare_examples(
     usable = np.flatnonzero(lengths)
     if recipe.objective == NSP and len(usable) < 2:
         raise ValueError(_single_document_message(len(usable), training))
+    copies = recipe.copies(training)
     build = ExampleBuilder(tokenizer, recipe, seed, copies, DocumentPool(tokenized, usable))
     examples = _map(
         tokenized.with_format("arrow"),
@@ -172,22 +194,29 @@ def prepare_examples(
     ).with_format(None)
     if len(examples) == 0:
         raise _no_example(lengths, recipe.objective)
+    limit = recipe.most_examples(training)
     if limit is not None:
         examples = examples.select(range(min(limit, len(examples))))
+    return examples, _summarize(tokenized, examples, build, recipe)
+
+
+def _summarize(
+    tokenized: Dataset, examples: Dataset, build: ExampleBuilder, recipe: ExampleRecipe
+) -> PreparationSummary:
+    lengths, sentences = (list_lengths(tokenized, name) for name in ("input_ids", "sentence_lengths"))
+    usable = np.count_nonzero(lengths)
     cache_files = examples.cache_files
-    sentences = list_lengths(tokenized, "sentence_lengths")
-    summary = PreparationSummary(
+    return PreparationSummary(
         unknown_share=_unknown_share(examples.data.column("input_ids"), build),
         single_sentence_share=_single_sentence_share(lengths, sentences, build),
-        documents=len(usable),
-        skipped_rows=len(lengths) - len(usable),
+        documents=int(usable),
+        skipped_rows=int(len(lengths) - usable),
         short_documents=int((lengths == 1).sum()) if recipe.objective.has_pairs else 0,
         sentences=int(sentences.sum()),
         examples=len(examples),
         tokens=int(list_lengths(examples, "input_ids").sum()),
         cache_directory=str(Path(cache_files[0]["filename"]).parent) if cache_files else None,
     )
-    return examples, _checked(summary, training)
 
 
 def _map(
