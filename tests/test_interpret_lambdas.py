@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,15 +13,18 @@ from transformers import AutoTokenizer
 import interpret_lambdas
 import modeling_lambdabert
 from lambdabert.interpretation import (
+    attention,
     chance,
     explain_prediction,
     neighbours,
     replace_lambdas,
     swap_effects,
+    token_shares,
     topic_features,
     trace_lambdas,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = [
     "the fox sees a dog",
     "the dog sees a fox and a bird",
@@ -323,3 +328,37 @@ class TestRefusals:
         status, _, errors = interpret(*arguments)
         assert status == 1
         assert errors == f'error: {package} is not installed: pip install "lambdabert[interpretation]"\n'
+
+
+class TestDocuments:
+    def test_snippets(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+        names = {}
+        page = (ROOT / "docs" / "interpretation.md").read_text(encoding="utf-8")
+        for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+            exec(snippet, names)
+        assert names["trace"].layers[3].content.shape == (1, 8, 64)
+        assert attention(names["trace"], 3, "position").shape == (1, 4, 11, 11, 1)
+        assert token_shares(names["trace"], 3).left_out.shape == (1, 11, 8, 64)
+        found = names["found"]
+        assert (found.tokens.sum() + found.bias).item() == pytest.approx(found.logit.item(), abs=1e-3)
+        assert (names["outputs"].lambda_params is None) and Path("war.html").exists()
+
+    def test_commands(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+        for file in ("my_texts.txt", "my_sentences.txt"):
+            (tmp_path / file).write_text("\n".join(SENTENCES + ["the sky is blue", "a king ruled the land"]))
+        text = (ROOT / "docs" / "interpretation.md").read_text() + (ROOT / "README.md").read_text()
+        commands = re.findall(r"^    python interpret_lambdas\.py (.*)", re.sub(r"\\\n", " ", text), flags=re.MULTILINE)
+        seen = set()
+        for command in map(shlex.split, commands):
+            args = interpret_lambdas.build_parser().parse_args(command)
+            for file in args.output:
+                Path(file).unlink(missing_ok=True)
+            interpret_lambdas.check_outputs(args)
+            seen.add(args.command)
+            if args.command != "probe":  # whose tasks are minutes
+                assert interpret_lambdas.main(command) == 0, capsys.readouterr().err
+        assert seen == {"map", "explain", "swap", "topics", "probe", "faithfulness"}

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
-from transformers.utils import logging
 
 import modeling_lambdabert
 
@@ -43,7 +42,6 @@ class LoadedModel:
             )
         architecture = next(iter(fields.get("architectures") or ()), None)
         known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
-        logging.disable_progress_bar()
         self.model: Any = getattr(modeling_lambdabert, known).from_pretrained(name, dtype=torch.float32)
         self.model.eval()
         try:
