@@ -105,7 +105,7 @@ class LoadedModel:
 
     @property
     def predicts_classes(self) -> bool:
-        return isinstance(self.model, CLASSIFIERS) and self.model.config.num_labels > 1
+        return isinstance(self.model, CLASSIFIERS) and len(self._classes()) > 1
 
     def can_explain(self, inputs: Any) -> bool:
         """Whether a text asks for one prediction."""
@@ -168,7 +168,7 @@ class LoadedModel:
 
     def _classes(self) -> list[str]:
         names: dict[Any, str] = self.model.config.id2label or {}
-        return [str(names.get(i, i)) for i in range(self.model.config.num_labels)]
+        return [str(names.get(i, i)) for i in range(self.model.config.num_labels or 0)]
 
     def _index(self, target: str) -> int:
         if self.predicts_tokens:
