@@ -68,8 +68,8 @@ def read_task(file: str | Path) -> Task:
     groups = None if set(targets) <= {NO_TARGET} else _with_common_name(targets)
     if groups is not None and groups.count(RARE) == 1:
         raise ValueError(
-            f"task={file}: target={targets[groups.index(RARE)]!r} is a group with a single member, and the only one, so "
-            "that it cannot share a name with others: leave that example out."
+            f"task={file}: target={targets[groups.index(RARE)]!r} is a group with a single member, and the only "
+            "one, so that it cannot share a name with others: leave that example out."
         )
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
 
