@@ -333,6 +333,7 @@ def run_faithfulness(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading
     try:
         args = build_parser().parse_args(argv)
         check_outputs(args)

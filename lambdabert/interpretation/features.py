@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from einops import einsum
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .models import lambda_layers, model_inputs, project_keys
@@ -43,7 +44,7 @@ def feature_rows(
         rows.setdefault(name, []).append(features.float().cpu())
 
     key_weights = _random_keys(learned, seed)
-    for inputs in batches:
+    for inputs in tqdm(batches, unit="batch", desc="features"):
         trace = trace_lambdas(encoder, inputs)
         mask = trace.token_mask
         add("majority", torch.zeros(len(mask), 1))
@@ -58,7 +59,7 @@ def feature_rows(
             add(f"random-key content lambda {i}", einsum(keys, layer.values, "b m k u, b m v u -> b k v").flatten(1))
         _add_content_lambdas(add, "", trace)
     for number, other in enumerate(_random_models(encoder, seed)):
-        for inputs in batches:
+        for inputs in tqdm(batches, unit="batch", desc=f"random model {number}"):
             _add_content_lambdas(add, f"random model {number}, ", trace_lambdas(other, inputs))
     return {name: torch.cat(found) for name, found in rows.items()}
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
-from transformers.utils import logging
 
 import modeling_lambdabert
 
@@ -43,7 +42,6 @@ class LoadedModel:
             )
         architecture = next(iter(fields.get("architectures") or ()), None)
         known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
-        logging.disable_progress_bar()
         self.model: Any = getattr(modeling_lambdabert, known).from_pretrained(name, dtype=torch.float32)
         self.model.eval()
         try:
@@ -107,7 +105,7 @@ class LoadedModel:
 
     @property
     def predicts_classes(self) -> bool:
-        return isinstance(self.model, CLASSIFIERS) and (self.model.config.num_labels or 0) > 1
+        return isinstance(self.model, CLASSIFIERS) and len(self._classes()) > 1
 
     def can_explain(self, inputs: Any) -> bool:
         """Whether a text asks for one prediction."""
@@ -170,7 +168,7 @@ class LoadedModel:
 
     def _classes(self) -> list[str]:
         names: dict[Any, str] = self.model.config.id2label or {}
-        return [str(names.get(i, i)) for i in range(self.model.config.num_labels)]
+        return [str(names.get(i, i)) for i in range(self.model.config.num_labels or 0)]
 
     def _index(self, target: str) -> int:
         if self.predicts_tokens:

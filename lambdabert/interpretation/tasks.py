@@ -64,8 +64,13 @@ def read_task(file: str | Path) -> Task:
         raise ValueError(f"task={file} holds no example; add lines below the header.")
     if len(classes := set(columns["label"])) < 2:
         raise ValueError(f"task={file}: all labels are {classes.pop()!r}, and there is nothing to tell apart.")
-    targets = columns.get("target")
-    groups = None if targets is None or set(targets) == {NO_TARGET} else _with_common_name(targets)
+    targets = columns.get("target", [])
+    groups = None if set(targets) <= {NO_TARGET} else _with_common_name(targets)
+    if groups is not None and groups.count(RARE) == 1:
+        raise ValueError(
+            f"task={file}: target={targets[groups.index(RARE)]!r} is a group with a single member, and the only "
+            "one, so that it cannot share a name with others: leave that example out."
+        )
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
 
 
