@@ -1,7 +1,7 @@
 """The layer as a map: how each value enters each output, and how each token enters the content lambda.
 
 The lambda layer is linear in its values. Without forming lambdas, y[n,h] = sum_m sum_u A[h,n,m,u] V[m,:,u] with the
-signed map A[h,n,m,u] = sum_k Q[n,h,k] (g[k] K[m,k,u] + E[m - n,k,u]), in which g is the gain of the content lambda, or 1.
+signed map A[h,n,m,u] = sum_k Q[n,h,k] (g[k] K[m,k,u] + E[m - n,k,u]). g is the content gain, 1 where there is none.
 """
 
 from dataclasses import dataclass
