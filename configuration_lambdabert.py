@@ -51,7 +51,7 @@ class LambdaBertConfig(BertConfig):
             time, "none" leaves both as projected.
         content_gain: whether the content lambda is multiplied by a learned gain, one number per layer and key channel,
             that starts at 0. A new model then begins with position lambdas alone and takes in the content lambda as
-            far as it helps; one that starts strong delays what a model learns. `False` is the paper's layer.
+            far as it helps. `False` is the paper's layer.
         position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
 

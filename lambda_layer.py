@@ -21,8 +21,8 @@ Beyond the paper, the content lambda may have a learned gain g, which starts at 
     content lambda     lc     = g (.) sum_m sum_u softmax_m(K)[m,:,u] (x) V[m,:,u]       g: [K]
 
 The keys of a new layer are nearly uniform, so that its content lambda is one mean value, the same in every sequence and
-in all K channels. What it adds grows about as sqrt(K), drowns the position lambda, and tells nothing of the text; a
-model has to unlearn it first. From 0 it grows only as far as it helps (docs/results.md).
+in all K channels. What it adds grows about as sqrt(K), drowns the position lambda, and tells nothing of the text
+(docs/results.md). From 0 it grows only as far as it helps.
 """
 
 import torch
