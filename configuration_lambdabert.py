@@ -49,6 +49,9 @@ class LambdaBertConfig(BertConfig):
         lambda_norm: normalisation of queries and values. "batch" is the paper's, with statistics of real tokens only;
             it makes an example's result depend on its batch while training. "layer" and "rms" see one token at a
             time, "none" leaves both as projected.
+        content_gain: whether the content lambda is multiplied by a learned gain, one number per layer and key channel,
+            that starts at 0. A new model then begins with position lambdas alone and takes in the content lambda as
+            far as it helps. `False` is the paper's layer.
         position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
 
@@ -65,6 +68,7 @@ class LambdaBertConfig(BertConfig):
     local_context_size: int | None = None
     output_lambda_params: bool = False
     lambda_norm: str = "layer"
+    content_gain: bool = False
     position_embedding_type: str = "absolute"
 
     def __post_init__(self, **kwargs):

@@ -15,6 +15,14 @@ The layer turns its context into one small linear map per position, the lambda, 
     content lambda     lc     = sum_m sum_u softmax_m(K)[m,:,u] (x) V[m,:,u]     [B, K, V]     one per sequence
     position lambda    lp[n]  = sum_m sum_u E[m - n,:,u] (x) V[m,:,u]            [B, N, K, V]
     output             y[n,h] = (lc + lp[n])^T Q[n,h]                            [B, N, H, V] -> [B, N, D]
+
+Beyond the paper, the content lambda may have a learned gain g, which starts at 0:
+
+    content lambda     lc     = g (.) sum_m sum_u softmax_m(K)[m,:,u] (x) V[m,:,u]       g: [K]
+
+The keys of a new layer are nearly uniform, so that its content lambda is one mean value, the same in every sequence and
+in all K channels. What it adds grows about as sqrt(K), drowns the position lambda, and tells nothing of the text
+(docs/results.md). From 0 it grows only as far as it helps.
 """
 
 import torch
@@ -187,7 +195,8 @@ class LambdaLayer(nn.Module):
     """Lambda layer with content and position lambdas (section 3; section 3.2: multi-query; appendix: intra-depth).
 
     Parameters: D (H K + K U + V U) for the three projections, which have no bias (a key's would vanish in the
-    softmax), R K U for E, and those of `query_norm` over H K and `value_norm` over V U channels.
+    softmax), R K U for E, those of `query_norm` over H K and `value_norm` over V U channels, and K for `content_gain`
+    where the config asks for it.
 
     Args:
         config: a `LambdaBertConfig`.
@@ -210,13 +219,14 @@ class LambdaLayer(nn.Module):
         self.query_norm = _make_norm(config.lambda_norm, query_channels, config.layer_norm_eps)
         self.value_norm = _make_norm(config.lambda_norm, value_channels, config.layer_norm_eps)
         self.relative_embeddings = nn.Parameter(torch.empty(offsets, config.key_depth, config.intra_depth))
+        self.content_gain = nn.Parameter(torch.empty(config.key_depth)) if config.content_gain else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws weights such that inputs of unit variance give queries, values and outputs of about unit variance.
 
         E decays with distance, std[o] = c / (1 + |o|), with c such that the sum over offsets of K U std^2 is 1: a
-        table that starts flat drowns each token in the average of its context.
+        table that starts flat drowns each token in the average of its context. The gain of the content lambda is 0.
         """
         for projection in (self.to_queries, self.to_keys, self.to_values):
             init.normal_(projection.weight, std=projection.init_std)  # type: ignore[arg-type]
@@ -225,6 +235,8 @@ class LambdaLayer(nn.Module):
         std = 1 / (1 + distances.abs()).to(self.relative_embeddings.dtype)
         std = std / (depth * intra * std.square().sum()).sqrt()
         init.copy_(self.relative_embeddings, torch.randn_like(self.relative_embeddings) * std[:, None, None])
+        if self.content_gain is not None:
+            init.zeros_(self.content_gain)
 
     def forward(
         self,
@@ -287,6 +299,8 @@ class LambdaLayer(nn.Module):
         keys = rearrange(keys, "b m (k u) -> b m k u", u=self.intra_depth)
         values = rearrange(values, "b m (v u) -> b m v u", u=self.intra_depth)
         content = content_lambda(keys, values)
+        if self.content_gain is not None:
+            content = rearrange(self.content_gain, "k -> k 1").to(content.dtype) * content
         position_lambda = global_position_lambda if self.is_global else local_position_lambda
         outputs = fastest_outputs(
             queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas

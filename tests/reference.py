@@ -161,6 +161,7 @@ def lambda_layer(
     value_norm,
     num_lambda_queries,
     local_context_size,
+    content_gain=None,
 ):
     """The layer's output and content lambda.
 
@@ -175,6 +176,7 @@ def lambda_layer(
         value_norm: `ReferenceNorm` of V * U channels, or None.
         num_lambda_queries: H.
         local_context_size: R, or None for the global scope.
+        content_gain: K numbers, or None for the paper's layer, in which all are 1.
 
     Returns:
         output [B][N][H * V] (what stands at padding is of no consequence) and content lambda [B][K][V].
@@ -189,6 +191,8 @@ def lambda_layer(
     values = normalise(project(hidden_states, value_weight), mask, value_norm)
 
     content = content_lambda(key_weights, values, mask, key_depth, value_depth, intra_depth)
+    if content_gain is not None:
+        content = [[[content_gain[k] * x for x in row[k]] for k in range(key_depth)] for row in content]
     position = position_lambda(
         values, mask, relative_embeddings, local_context_size, key_depth, value_depth, intra_depth
     )

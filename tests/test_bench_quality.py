@@ -1,7 +1,6 @@
 """The quality benchmark: its recipes are complete, and its variants are what they are called."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from benchmarks.lambda_variants import BERT_VARIANTS, VARIANTS, apply_variant, r
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForMaskedLM
 from run_language_modeling import parse_arguments, start_at_frequencies
-from training_support import write_recipe
+from training_support import benchmark_options
 
 RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "quality").glob("*.json"))
 
@@ -98,25 +97,8 @@ def test_flat_embeddings_have_one_scale(variant_model):
 
 
 def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_path, monkeypatch, capsys):
-    options = json.loads(
-        Path(
-            write_recipe(
-                tmp_path / "options.json",
-                train_file=[str(text / "train.txt")],
-                validation_file=[str(text / "valid.txt")],
-                train_tokenizer=True,
-                vocab_size=180,
-                data_cache_dir=str(tmp_path / "cache"),
-                save_steps=None,
-                max_steps=None,
-                do_train=None,
-                do_eval=None,
-                learning_rate=None,
-            )
-        ).read_text()
-    )
     recipe = {
-        "pretraining": options,
+        "pretraining": benchmark_options(text, tmp_path),
         "test_file": str(text / "valid.txt"),
         "seeds": [1, 2],
         "models": {

@@ -41,7 +41,14 @@ def recorded_keys(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["quality/wikitext2", "quality/wikitext2_ablations", "quality/wikitext2_6x256", "quality/wikitext2_6x512"]
+    "name",
+    [
+        "quality/wikitext2",
+        "quality/wikitext2_ablations",
+        "quality/wikitext2_6x256",
+        "quality/wikitext2_6x512",
+        "quality/wikitext2_content_gain",
+    ],
 )
 def test_recorded_quality_runs_are_found_by_their_recipes(name):
     recorded = {file.stem for file in (BENCHMARKS / "results" / name / "runs").iterdir()}

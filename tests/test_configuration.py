@@ -16,6 +16,7 @@ LAMBDA_DEFAULTS = {
     "intra_depth": 1,
     "local_context_size": None,
     "output_lambda_params": False,
+    "content_gain": False,
 }
 CUSTOM = {
     "hidden_size": 48,
@@ -25,6 +26,7 @@ CUSTOM = {
     "local_context_size": 7,
     "output_lambda_params": True,
     "lambda_norm": "rms",
+    "content_gain": True,
     "position_embedding_type": "none",
     "max_position_embeddings": 77,
 }
@@ -78,6 +80,9 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("lambda_norm", "Batch"),
         ("lambda_norm", ""),
         ("lambda_norm", None),
+        ("content_gain", "yes"),
+        ("content_gain", 0.0),
+        ("content_gain", None),
         ("position_embedding_type", "relative_key"),
         ("position_embedding_type", ""),
         ("position_embedding_type", None),
@@ -181,6 +186,15 @@ def test_null_scope_survives_saving(tmp_path):
 
 def test_saved_file_holds_what_differs_from_the_defaults():
     assert LambdaBertConfig(**CUSTOM).to_diff_dict().items() >= CUSTOM.items()
+
+
+def test_a_config_saved_before_a_field_existed_means_the_same(tmp_path):
+    LambdaBertConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["content_gain"]
+    file.write_text(json.dumps(fields))
+    assert LambdaBertConfig.from_pretrained(tmp_path).content_gain is False
 
 
 def test_unknown_fields_still_load(tmp_path):

@@ -118,6 +118,7 @@ class TestCopies:
             dict(num_lambda_queries=2, intra_depth=8),
             *(dict(lambda_norm=norm) for norm in ("layer", "rms", "batch", "none")),
             dict(local_context_size=None),
+            dict(content_gain=True),
         ):
             model = LambdaBertModel.from_bert(tiny_bert(), **SETTINGS | settings)
             assert torch.isfinite(model(torch.arange(5, 15)[None])[0]).all()

@@ -91,6 +91,7 @@ def reference_output(layer, config, hidden_states, mask):
         reference_norm(getattr(layer, "value_norm", None), config.lambda_norm),
         config.num_lambda_queries,
         config.local_context_size,
+        None if layer.content_gain is None else layer.content_gain.tolist(),
     )
     return torch.tensor(output, dtype=torch.float64), torch.tensor(content, dtype=torch.float64)
 
@@ -167,6 +168,107 @@ class TestDefinition:
         hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
         leaves = [parameter.detach().clone().requires_grad_() for parameter in parameters]
         assert torch.autograd.gradcheck(function, (hidden_states, *leaves))
+
+
+class TestContentGain:
+    """A learned gain on the content lambda, in every way that the layer computes; without it, the paper's layer."""
+
+    @staticmethod
+    def config(make_config, scope, **fields):
+        return layer_config(make_config, local_context_size=scope, content_gain=True, **fields)
+
+    @pytest.mark.parametrize("kind", ["none", "tail", "left", "holes", "empty row"])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [3, 25, None])
+    def test_definition(self, make_config, scope, norm, kind):
+        config = self.config(make_config, scope, lambda_norm=norm)
+        layer = random_layer(config).train()
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        assert_agrees_with_reference(layer, config, hidden_states, random_mask(kind, 3, 7))
+
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_tiles(self, make_config, monkeypatch, scope):
+        monkeypatch.setattr(lambda_kernels, "TILE", 3)
+        monkeypatch.setattr(lambda_kernels, "FFT_TILE", 40)
+        monkeypatch.setattr(lambda_kernels, "DIRECT_LENGTH", 0)
+        config = self.config(make_config, scope)
+        layer = random_layer(config)
+        hidden_states = torch.randn(3, 17, config.hidden_size, dtype=torch.float64)
+        with torch.inference_mode():
+            assert_agrees_with_reference(layer, config, hidden_states, random_mask("holes", 3, 17))
+
+    @pytest.mark.parametrize("inference", [False, True])
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_packed(self, make_config, scope, inference):
+        config = self.config(make_config, scope)
+        layer = random_layer(config)
+        hidden_states = torch.randn(4, 11, config.hidden_size, dtype=torch.float64)
+        mask = random_mask("holes", 4, 11)
+        mask[3, 4:] = 0
+        packing = Packing(mask.bool())
+        expected, expected_content = reference_output(layer, config, hidden_states, mask)
+        with torch.inference_mode(inference):
+            output, content = layer(packing.pack(hidden_states), packing=packing)
+        torch.testing.assert_close(output, packing.pack(expected), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(content, expected_content, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("mode", ["compiled", "exported"])
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_graphs(self, make_config, scope, mode):
+        config = self.config(make_config, scope)
+        layer = random_layer(config)
+        hidden_states = torch.randn(3, 7, config.hidden_size, dtype=torch.float64)
+        mask = random_mask("tail", 3, 7)
+        expected, expected_content = reference_output(layer, config, hidden_states, mask)
+        if mode == "compiled":
+            graph = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        else:
+            graph = torch.export.export(layer, (hidden_states, mask)).module()
+        output, content = graph(hidden_states, mask)
+        torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(content, expected_content, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_gradcheck(self, make_config, scope):
+        config = layer_config(make_config, (4, 2, 2, 2), local_context_size=scope, content_gain=True)
+        layer = random_layer(config)
+        names, parameters = zip(*layer.named_parameters())
+        assert "content_gain" in names
+
+        def function(hidden_states, *values):
+            return torch.func.functional_call(layer, dict(zip(names, values)), (hidden_states,))
+
+        hidden_states = torch.randn(2, 4, config.hidden_size, dtype=torch.float64, requires_grad=True)
+        leaves = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+        assert torch.autograd.gradcheck(function, (hidden_states, *leaves))
+
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_a_gain_of_1_is_the_layer_without(self, make_config, scope):
+        """To the bit, gradients included; the gain is all that it adds to the state dict."""
+        plain = random_layer(layer_config(make_config, local_context_size=scope))
+        layer = random_layer(self.config(make_config, scope))
+        ones = {"content_gain": torch.ones(layer.key_depth, dtype=torch.float64)}
+        layer.load_state_dict(plain.state_dict() | ones)
+        hidden_states, mask = torch.randn(2, 7, 6, dtype=torch.float64), random_mask("holes", 2, 7)
+        weights = torch.randn(int(mask.sum()), 6, dtype=torch.float64)
+        *results, gradients = gradients_of(layer, hidden_states, mask, weights)
+        *expected_results, expected_gradients = gradients_of(plain, hidden_states, mask, weights)
+        del gradients["content_gain"]
+        torch.testing.assert_close((results, gradients), (expected_results, expected_gradients), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_a_new_layer_has_position_lambdas_alone(self, make_config, scope):
+        """What a text holds elsewhere tells nothing yet, and the gain is the first to learn of it."""
+        layer = LambdaLayer(self.config(make_config, scope)).double()
+        hidden_states = torch.randn(2, 7, 6, dtype=torch.float64)
+        output, content = layer(hidden_states)
+        assert not content.any()
+        values = layer.value_norm(layer.to_values(hidden_states)).unflatten(-1, (-1, layer.intra_depth))
+        position = reference_position_lambda(values, layer.relative_embeddings, scope)
+        queries = layer.query_norm(layer.to_queries(hidden_states)).unflatten(-1, (layer.num_queries, -1))
+        torch.testing.assert_close(output, (queries @ position).flatten(-2), rtol=1e-10, atol=1e-10)
+        output.square().sum().backward()
+        assert layer.content_gain.grad.all() and not layer.to_keys.weight.grad.any()
 
 
 class TestTiles:

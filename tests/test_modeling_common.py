@@ -140,6 +140,20 @@ class TestSaveAndLoad:
         assert loaded.config.vocab_size == 71
         assert_same_model(loaded, model)
 
+    def test_a_checkpoint_without_gains_takes_them_on_at_0(self, make_config, model_class, tmp_path):
+        """And one with them, loaded as it is, keeps them."""
+        model = random_model(model_class, make_config())
+        model.save_pretrained(tmp_path / "without")
+        grown, report = model_class.from_pretrained(tmp_path / "without", content_gain=True, output_loading_info=True)
+        gains = {name for name in grown.state_dict() if name.endswith("attention.self.content_gain")}
+        assert len(gains) == 2 and report["missing_keys"] == gains
+        assert not any(grown.state_dict()[name].any() for name in gains)
+        assert all(torch.equal(grown.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+        gained = random_model(model_class, make_config(content_gain=True))
+        gained.save_pretrained(tmp_path / "with")
+        assert_same_model(model_class.from_pretrained(tmp_path / "with"), gained)
+
     @pytest.mark.parametrize("field, value", [("key_depth", 4), ("max_position_embeddings", 41)])
     def test_a_checkpoint_of_another_shape_is_refused(self, make_config, tmp_path, field, value):
         config = make_config(local_context_size=None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -79,6 +80,19 @@ def write_recipe(file, **values):
     recipe = {name: value for name, value in {**RECIPE, **values}.items() if value is not None}
     file.write_text(json.dumps(recipe), encoding="utf-8")
     return str(file)
+
+
+def benchmark_options(text, folder, **values):
+    """What the models of a quality benchmark share, on the small text of `text`; a value of None leaves one out."""
+    own = dict.fromkeys(("save_steps", "max_steps", "do_train", "do_eval", "learning_rate"))
+    shared = {
+        "train_file": [str(text / "train.txt")],
+        "validation_file": [str(text / "valid.txt")],
+        "train_tokenizer": True,
+        "vocab_size": 180,
+        "data_cache_dir": str(folder / "cache"),
+    }
+    return json.loads(Path(write_recipe(folder / "options.json", **own, **shared, **values)).read_text())
 
 
 def sources(text, **values):

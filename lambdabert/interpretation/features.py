@@ -1,6 +1,7 @@
 """What a probe is given of each text: content lambdas, and the simpler rows that they must beat."""
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ def feature_rows(
 
     Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding", and for each
     layer i "mean hidden state i" (its output), "mean value i", "content lambda i" and "random-key content lambda i", in
-    which only the keys are random; "content lambda, all layers". Of three models with the same config and random
-    weights: "random model j, content lambda i" and "random model j, content lambda, all layers". Means are over real
-    tokens; layers and models count from 0.
+    which only the keys are random; "content lambda, all layers". Of three models with random weights and
+    the same config, but without a gain: "random model j, content lambda i" and "random model j, content lambda, all
+    layers". Means are over real tokens; layers and models count from 0.
 
     Args:
         model: a LambdaBERT of any class, in evaluation mode.
@@ -56,7 +57,8 @@ def feature_rows(
             add(f"mean hidden state {i}", _mean(trace.outputs.hidden_states[i + 1], mask))
             add(f"mean value {i}", _mean(layer.values.flatten(2), mask))
             keys = project_keys(learned[i], layer.hidden_states @ key_weights[i].T, mask)
-            add(f"random-key content lambda {i}", einsum(keys, layer.values, "b m k u, b m v u -> b k v").flatten(1))
+            content = einsum(keys, layer.values, layer.content_gain, "b m k u, b m v u, k -> b k v")
+            add(f"random-key content lambda {i}", content.flatten(1))
         _add_content_lambdas(add, "", trace)
     for number, other in enumerate(_random_models(encoder, seed)):
         for inputs in tqdm(batches, unit="batch", desc=f"random model {number}"):
@@ -91,7 +93,9 @@ def _random_keys(layers: list[Any], seed: int) -> list[torch.Tensor]:
 
 
 def _random_models(encoder: Any, seed: int) -> Iterable[PreTrainedModel]:
+    config = deepcopy(encoder.config)
+    config.content_gain = False  # one that is not trained is 0, and so would be the content lambdas
     for number in range(RANDOM_MODELS):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + number)
-            yield type(encoder)(encoder.config).to(device=encoder.device, dtype=encoder.dtype).eval()
+            yield type(encoder)(config).to(device=encoder.device, dtype=encoder.dtype).eval()

@@ -1,7 +1,7 @@
 """The layer as a map: how each value enters each output, and how each token enters the content lambda.
 
 The lambda layer is linear in its values. Without forming lambdas, y[n,h] = sum_m sum_u A[h,n,m,u] V[m,:,u] with the
-signed map A[h,n,m,u] = sum_k Q[n,h,k] (K[m,k,u] + E[m - n,k,u]).
+signed map A[h,n,m,u] = sum_k Q[n,h,k] (g[k] K[m,k,u] + E[m - n,k,u]). g is the content gain, 1 where there is none.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def attention(trace: LambdaTrace, layer: int, part: str = "both") -> torch.Tenso
     one = trace.layers[layer]
     parts = []
     if part != "position":
-        parts.append(einsum(one.queries, one.keys, "b n h k, b m k u -> b h n m u"))
+        parts.append(einsum(one.queries, one.content_keys, "b n h k, b m k u -> b h n m u"))
     if part != "content":
         embeddings = toeplitz(one.relative_embeddings, one.queries.shape[1])
         parts.append(einsum(one.queries, embeddings, "b n h k, n m k u -> b h n m u"))
@@ -62,7 +62,7 @@ def token_shares(trace: LambdaTrace, layer: int) -> TokenShares:
     """The content lambda of a layer by token and key channel, with every leave-one-out in closed form.
 
     A token's keys leave the softmax with it, and the others grow by 1 / (1 - K[m]):
-    lc without m = sum_u (sum of K V over the others) / (sum of K over the others).
+    lc without m = g sum_u (sum of K V over the others) / (sum of K over the others).
 
     Args:
         trace: of `trace_lambdas`.
@@ -73,14 +73,14 @@ def token_shares(trace: LambdaTrace, layer: int) -> TokenShares:
     """
     check_layer(layer, len(trace.layers))
     one = trace.layers[layer]
-    keys = one.keys * trace.token_mask[:, :, None, None]  # a row without a token has uniform keys
-    products = einsum(keys, one.values, "b m k u, b m v u -> b m k v u")
+    is_token = trace.token_mask[:, :, None, None]  # a row without a token has uniform keys
+    products = einsum(one.content_keys * is_token, one.values, "b m k u, b m v u -> b m k v u")
     contributions = products.sum(-1)
     content = contributions.sum(1, keepdim=True)
     square = content.square().sum(-1)
     along = (contributions * content).sum(-1)
     shares = torch.where(square > 0, along / square, 0)
-    others = _sum_of_others(keys)[:, :, :, None]
+    others = _sum_of_others(one.keys * is_token)[:, :, :, None]
     left_out = torch.where(others > 0, _sum_of_others(products) / others, 0).sum(-1)
     return TokenShares(contributions, shares, left_out)
 

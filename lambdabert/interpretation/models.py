@@ -93,6 +93,12 @@ def project_values(layer: Any, hidden_states: torch.Tensor, token_mask: torch.Te
     return rearrange(values, "b m (v u) -> b m v u", u=layer.intra_depth)
 
 
+def content_gain(layer: Any) -> torch.Tensor:
+    """What the layer multiplies the key channels of its content lambda by, [K]: ones where it learns no gain."""
+    gain = getattr(layer, "content_gain", None)  # the code of an older saved folder has none
+    return layer.relative_embeddings.new_ones(layer.key_depth) if gain is None else gain
+
+
 def toeplitz(relative_embeddings: torch.Tensor, length: int) -> torch.Tensor:
     """E[m - n] as [N, M, K, U], zero out of scope; the middle of [R, K, U] is the offset 0."""
     centre = relative_embeddings.shape[0] // 2

@@ -134,7 +134,7 @@ def page_data(
         layers.append(
             {
                 "queries": pack(layer.queries[row, kept]),
-                "keys": pack(layer.keys[row, kept]),
+                "keys": pack(layer.content_keys[row, kept]),
                 "embeddings": pack(layer.relative_embeddings[centre - seen : centre + seen + 1]),
                 "shares": pack(of_tokens.shares[row, kept]),
                 "left_out": pack(changes / layer.content[row].norm(dim=-1).clamp(min=1e-30)),

@@ -23,7 +23,7 @@ from einops import einsum, rearrange
 from torch import nn
 from transformers import PreTrainedModel
 
-from .models import hooks, lambda_layers, layer_mask, normalise, toeplitz
+from .models import content_gain, hooks, lambda_layers, layer_mask, normalise, toeplitz
 
 ACTIVATIONS = ("intermediate_act_fn", "transform_act_fn", "activation")  # feed-forward, MLM head, pooler
 
@@ -131,6 +131,7 @@ def lambda_output(
     content_values, position_values = values.view_as(values), values.view_as(values)
 
     content = product(keys, content_values, "b m k u, b m v u -> b k v")
+    content = content * rearrange(content_gain(layer), "k -> k 1")
     embeddings = toeplitz(layer.relative_embeddings, hidden_states.shape[1])
     position = einsum(embeddings, position_values, "n m k u, b m v u -> b n k v")
     outputs = product(queries, content[:, None] + position, "b n h k, b n k v -> b n h v")

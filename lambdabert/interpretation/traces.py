@@ -8,7 +8,16 @@ import torch
 from einops import rearrange
 from transformers import PreTrainedModel
 
-from .models import hooks, lambda_layers, layer_mask, model_inputs, project_keys, project_queries, project_values
+from .models import (
+    content_gain,
+    hooks,
+    lambda_layers,
+    layer_mask,
+    model_inputs,
+    project_keys,
+    project_queries,
+    project_values,
+)
 
 
 @dataclass
@@ -20,7 +29,8 @@ class LayerTrace:
         queries: [B, N, H, K]
         keys: [B, M, K, U], each channel a distribution over M, zero at padding.
         values: [B, M, V, U], zero at padding.
-        content: the content lambda, [B, K, V].
+        content_gain: [K], what the layer multiplies its content lambda by; ones where it learns no gain.
+        content: the content lambda that was applied, [B, K, V].
         outputs: [B, N, H, V]
         relative_embeddings: the layer's E, [R, K, U]; its middle is the offset m - n = 0.
     """
@@ -29,9 +39,15 @@ class LayerTrace:
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    content_gain: torch.Tensor
     content: torch.Tensor
     outputs: torch.Tensor
     relative_embeddings: torch.Tensor
+
+    @property
+    def content_keys(self) -> torch.Tensor:
+        """Keys times the gain, [B, M, K, U]: their product with the values, summed over M and U, is `content`."""
+        return self.keys * rearrange(self.content_gain, "k -> k 1")
 
 
 @dataclass
@@ -75,6 +91,7 @@ def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTr
             queries=queries,
             keys=project_keys(layer, layer.to_keys(hidden_states), token_mask),
             values=project_values(layer, hidden_states, token_mask),
+            content_gain=content_gain(layer).detach(),
             content=output[1],
             outputs=rearrange(output[0], "b n (h v) -> b n h v", h=queries.shape[2]),
             relative_embeddings=layer.relative_embeddings.detach(),

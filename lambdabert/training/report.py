@@ -48,6 +48,7 @@ LAMBDA_FIELDS = (
     "intra_depth",
     "local_context_size",
     "lambda_norm",
+    "content_gain",
     "position_embedding_type",
 )
 CONFIG_FIELDS = (

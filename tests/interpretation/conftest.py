@@ -10,11 +10,17 @@ SCOPES = [5, None]
 DEPTHS = [1, 4]
 
 
-@pytest.fixture(params=[(norm, depth, scope) for norm in NORMS for depth in DEPTHS for scope in SCOPES], ids=str)
+@pytest.fixture(
+    params=[
+        *((norm, depth, scope, False) for norm in NORMS for depth in DEPTHS for scope in SCOPES),
+        *(("layer", depth, scope, True) for depth in DEPTHS for scope in SCOPES),
+    ],
+    ids=str,
+)
 def settings(request):
-    """Every norm, intra-depth and scope."""
-    norm, depth, scope = request.param
-    return {"lambda_norm": norm, "intra_depth": depth, "local_context_size": scope}
+    """Every norm, intra-depth and scope; and, with either of the last two, a gain of the content lambda."""
+    norm, depth, scope, gain = request.param
+    return {"lambda_norm": norm, "intra_depth": depth, "local_context_size": scope, "content_gain": gain}
 
 
 @pytest.fixture

@@ -52,9 +52,9 @@ def words():
 
 class TestNumbers:
     @pytest.mark.parametrize("scope", [5, None])
-    @pytest.mark.parametrize("row", [0, 1, 2])
-    def test_maps_are_those_of_the_api(self, make_model, holey, words, tmp_path, scope, row):
-        model = make_model(local_context_size=scope)
+    @pytest.mark.parametrize("row, gain", [(0, False), (1, False), (2, False), (2, True)])
+    def test_maps_are_those_of_the_api(self, make_model, holey, words, tmp_path, scope, row, gain):
+        model = make_model(local_context_size=scope, content_gain=gain)
         trace = trace_lambdas(model, holey(model))
         data = stored(save_html(trace, words, tmp_path / "page.html", row=row))
         kept = trace.token_mask[row].nonzero()[:, 0]

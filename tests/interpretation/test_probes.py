@@ -127,13 +127,21 @@ class TestFeatures:
         assert rows["bag of words"][1].nonzero()[:, 0].tolist() == sorted(set(ids))
         assert rows["bag of words"][1].sum() == 7
 
-    def test_random_models_differ(self, make_model, holey):
-        model = make_model()
+    @pytest.mark.parametrize("gain", [False, True])
+    def test_random_models_differ(self, make_model, holey, gain):
+        model = make_model(content_gain=gain)
         state = torch.get_rng_state()
         rows = feature_rows(model, [holey(model)])
         assert torch.equal(torch.get_rng_state(), state)
         names = [f"random model {number}, content lambda, all layers" for number in range(3)]
         assert len({rows[name].sum().item() for name in names}) == 3
+
+    def test_random_keys_are_read_under_the_gain(self, make_model, holey):
+        model = make_model(content_gain=True)
+        with torch.no_grad():
+            model.bert.encoder.layer[0].attention.self.content_gain.copy_(torch.tensor([2.0, 0.0, 1.0]))
+        contents = feature_rows(model, [holey(model)])["random-key content lambda 0"].unflatten(1, (3, -1))
+        assert [bool(row.any()) for row in contents.unbind(1)] == [True, False, True]
 
     def test_no_text(self, make_model):
         with pytest.raises(ValueError, match=r"batches=\[\]"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from einops import einsum
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import lambda_kernels
@@ -27,6 +28,13 @@ def test_keys_are_distributions_over_tokens(make_model, holey, settings):
     for layer in trace.layers:
         torch.testing.assert_close(layer.keys.sum(1), torch.ones_like(layer.keys.sum(1)), rtol=0, atol=1e-12)
         assert not layer.keys[~trace.token_mask].any() and not layer.values[~trace.token_mask].any()
+
+
+def test_content_keys_and_values_make_the_content_lambda(make_model, holey, settings):
+    model = make_model(**settings)
+    for layer in trace_lambdas(model, holey(model)).layers:
+        content = einsum(layer.content_keys, layer.values, "b m k u, b m v u -> b k v")
+        torch.testing.assert_close(content, layer.content, rtol=1e-10, atol=1e-12)
 
 
 def test_leaves_the_model_as_it_was(make_model, holey):
