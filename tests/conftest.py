@@ -1,6 +1,7 @@
 """What the model tests share: tiny configurations and inputs. No test reaches the network."""
 
 import importlib
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,17 @@ SLOW_DRAWS = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, He
 settings.register_profile("same", **SLOW_DRAWS, derandomize=True, max_examples=50, phases=[Phase.generate])
 settings.register_profile("hunt", **SLOW_DRAWS, max_examples=1000, print_blob=True)
 settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def log_levels():
+    """Gives loggers back the levels that a command sets in the process of a test."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    levels = {logger: logger.level for logger in loggers}
+    yield
+    for logger, level in levels.items():
+        logger.setLevel(level)
+
 
 MODEL_CLASS_NAMES = [
     "LambdaBertModel",

@@ -178,10 +178,9 @@ class InterruptibleTrainer(Trainer):
             self.data_collator, self.args.dataloader_drop_last = train_collator, drop_last
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The metrics. Raises CheckpointError if the loss is not finite."""
+        """The metrics. Raises CheckpointError if a loss is not finite."""
         metrics = super().evaluate(*args, **kwargs)
-        loss = metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"]
-        if not math.isfinite(loss):
+        if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("_loss")):
             raise CheckpointError(
                 f"The evaluation's loss after step {self.state.global_step} is not a finite number, so these weights "
                 "are of no use: give a lower --learning_rate and another --output_dir, or evaluate another model."
