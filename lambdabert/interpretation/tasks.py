@@ -88,10 +88,10 @@ def probe_task(task: Task, features: Mapping[str, torch.Tensor]) -> list[dict[st
         features: of the task's texts, by `feature_rows`.
 
     Returns:
-        For each row of features its name, "full" and "equal dimension" (principal components, as many as the smallest
-        row of the model has), each with accuracy, interval, control accuracy, selectivity, codelength and whether it is
-        "encoded": above bag of words and the same row of every model of random weights, by more than the interval. That
-        is None for rows that are themselves compared with.
+        For each row of features its name, "full" and "equal dimension" (principal components, as many as the smaller of
+        a hidden state and a content lambda has; rows with fewer keep theirs), each with accuracy, interval, control
+        accuracy, selectivity, codelength and whether it is "encoded": above bag of words and the same row of every
+        model of random weights, by more than the interval. That is None for rows that are themselves compared with.
 
     Raises:
         ValueError: as in `probe`.
