@@ -21,9 +21,10 @@ from transformers.trainer_utils import SaveStrategy
 from lambdabert.text.objectives import Objective
 from lambdabert.training.arguments import RunArguments
 from lambdabert.training.hub import check_hub
+from lambdabert.training.tokenizers import SPECIAL_TOKENS
 from lambdabert.training.trainer import InterruptibleTrainer
 
-TINY_VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b")
+TINY_VOCABULARY = (*SPECIAL_TOKENS, "a", "b")
 TINY_SHAPE: dict[str, Any] = {
     "vocab_size": 8,
     "hidden_size": 8,
