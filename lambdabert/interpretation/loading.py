@@ -204,8 +204,22 @@ def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
             f"file={file} has the columns {header} and {max(0, len(table) - 1)} rows; name a column text in the first "
             "line, and topic where known, separated by tabs."
         )
+    columns = columns_of(table, f"file={file}")
+    return columns["text"], columns.get("topic")
+
+
+def columns_of(table: list[list[str]], name: str) -> dict[str, list[str]]:
+    """The columns of a table whose first row is their names.
+
+    Args:
+        table: its rows.
+        name: how messages call it.
+
+    Raises:
+        ValueError: a row has more or fewer columns than the first.
+    """
+    header = table[0]
     for number, row in enumerate(table[1:], 2):
         if len(row) != len(header):
-            raise ValueError(f"file={file}, row {number} has {len(row)} columns, the header {len(header)}; mend it.")
-    columns = {name: [row[i] for row in table[1:]] for i, name in enumerate(header)}
-    return columns["text"], columns.get("topic")
+            raise ValueError(f"{name}, line {number} has {len(row)} columns, the header {len(header)}; mend it.")
+    return {column: [row[i] for row in table[1:]] for i, column in enumerate(header)}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .loading import columns_of
 from .probes import SPLITS, ProbeResult, is_encoded, probe
 
 COLUMNS = ("split", "label", "text")
@@ -53,10 +54,7 @@ def read_task(file: str | Path) -> Task:
             f"task={file} lacks the column {missing[0]}: its first line must name split, label, text and, where known, "
             "target, separated by tabs."
         )
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(header):
-            raise ValueError(f"task={file}, line {number} has {len(row)} columns, the header {len(header)}; mend it.")
-    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
+    columns = columns_of(rows, f"task={file}")
     for number, split in enumerate(columns["split"], 2):
         if split not in SPLITS:
             raise ValueError(f"task={file}, line {number}: split={split!r} is unknown; give {', '.join(SPLITS)}.")
