@@ -7,14 +7,18 @@ order of the data, optimizer, batch), and `models` to one entry each:
 
     "LambdaBERT": {"architecture": "lambdabert", "config": {...}, "learning_rates": [5e-4, 1e-3], "max_steps": 400}
 
-`architecture` is "lambdabert", or "bert" for the `BertForMaskedLM` or `BertForPreTraining` of `transformers`;
-`variant` names a change of `lambda_variants.py`; `options` are further options of the command for this model. `seeds`
-lists the seeds; an entry may have its own. Each learning rate is tried with the first seed, and the one with the
-lowest final validation MLM loss is run with the others. A seed decides the initial weights, the order of the data and
-the training masks; the masks of validation and test text stay the same. The test text (`test_file`) is evaluated once,
-at the end of a run, and shown for the runs of the best rate only.
+`architecture` is "lambdabert", or one of the encoders of `peers.py`: "bert", "modernbert", "convbert", "fnet", of the
+same width, depth, feed-forward parameters, vocabulary and dropout; `variant` names a change of `lambda_variants.py`;
+`options` are further options of the command for this model. `seeds` lists the seeds; an entry may have its own. Each
+learning rate is tried with the first seed, and the one with the lowest final validation MLM loss is run with the
+others. A seed decides the initial weights, the order of the data and the training masks; the masks of validation and
+test text stay the same. The test text (`test_file`) is evaluated once, at the end of a run, and shown for the runs of
+the best rate only.
 
-Each finished run is kept in the output folder and not run again, and so is a tokenizer that the recipe trains. Times
+A recipe whose options name a `model_name_or_path` goes on from that model instead of a new one.
+
+Each finished run is kept in the output folder and not run again, and so is a tokenizer that the recipe trains; one that
+was interrupted goes on from its last evaluation. Times
 are medians of training steps, all models taking turns once they are trained; they are taken again only when the
 summary covers other models than before. So a folder of finished runs gives its tables and plots again without text.
 Nothing is trained or timed unless the tests of the lambda layer pass.
@@ -22,6 +26,7 @@ Nothing is trained or timed unless the tests of the lambda layer pass.
 
 import argparse
 import itertools
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,11 +38,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import set_seed
 
 from benchmarks.correctness import LAYER_TESTS, require_passing_tests
 from benchmarks.environment import environment
 from benchmarks.lambda_variants import BERT_VARIANTS, apply_variant, check_variant, running_variant
+from benchmarks.peers import OF_PAIRS, PEERS
 from benchmarks.report import Curve, draw_curves, markdown_table, spread
 from benchmarks.runs import (
     Fields,
@@ -53,53 +59,24 @@ from benchmarks.runs import (
 from lambdabert.text.examples import count_tokens
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
+from lambdabert.training.checkpoints import last_complete_checkpoint
 from lambdabert.training.command import set_up_logging
 from lambdabert.training.models import start_at_frequencies
 from lambdabert.training.report import LAMBDA_FIELDS
 from run_language_modeling import Pretraining, parse_arguments
 
 DATA_SEED = 42  # of pairs and of evaluation masks
-ARCHITECTURES = ("bert", "lambdabert")
+ARCHITECTURES = ("lambdabert", *PEERS)
 FIELDS = Fields(frozenset({"pretraining"}), frozenset({"test_file"}))
 MODEL_FIELDS = Fields(
     frozenset({"architecture", "learning_rates", "max_steps"}), frozenset({"config", "variant", "options"})
 )
 
 
-class NextSentenceBert(BertForPreTraining):
-    """`BertForPreTraining` under the label name of either sentence task."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        next_sentence_label: torch.Tensor | None = None,
-        sentence_order_label: torch.Tensor | None = None,
-    ) -> Any:
-        """Inputs [B, N], sentence labels [B]; 1 = not the next sentence, or swapped."""
-        return super().forward(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            labels=labels,
-            next_sentence_label=sentence_order_label if next_sentence_label is None else next_sentence_label,
-        )
-
-
-def bert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
-    """BERT of the same width, depth, feed-forward size, vocabulary and dropout."""
-    fields = {name: value for name, value in config.to_dict().items() if name in BertConfig().to_dict()}
-    fields = {name: value for name, value in fields.items() if name not in ("model_type", "architectures", "auto_map")}
-    heads = max(1, config.hidden_size // 64)
-    fields |= {"num_attention_heads": heads, "attention_probs_dropout_prob": config.hidden_dropout_prob}
-    return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(BertConfig(**fields))
-
-
 def command_options(recipe: Recipe, name: str, learning_rate: float, seed: int, folder: Path) -> dict[str, Any]:
     """Options of the pretraining command for one run, which writes into `folder`."""
     model = recipe["models"][name]
+    evaluations = (recipe["pretraining"] | model.get("options", {})).get("eval_steps")
     return {
         **recipe["pretraining"],
         "output_dir": str(folder),
@@ -108,11 +85,31 @@ def command_options(recipe: Recipe, name: str, learning_rate: float, seed: int, 
         "max_steps": model["max_steps"],
         "do_train": True,
         "do_eval": True,
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": evaluations or model["max_steps"],
+        "save_total_limit": 1,
         "seed": DATA_SEED,
         "data_seed": seed,
         **model.get("options", {}),
     }
+
+
+def check_peer(recipe: Recipe, name: str) -> None:
+    """Checks that a peer can do what its entry asks for.
+
+    Raises:
+        ValueError: it has no lambda layers to change, no head for pairs, or no weights to go on from.
+    """
+    model, options = recipe["models"][name], recipe["pretraining"] | recipe["models"][name].get("options", {})
+    architecture = model["architecture"]
+    if model.get("variant") not in {None, *BERT_VARIANTS}:
+        raise ValueError(
+            f"model {name!r}: variant={model['variant']!r} changes lambda layers, which {architecture} lacks."
+        )
+    if options.get("objective") != "mlm" and architecture not in OF_PAIRS:
+        raise ValueError(f"model {name!r}: {architecture} has no head for pairs of sentences; set objective to 'mlm'.")
+    if options.get("model_name_or_path"):
+        raise ValueError(f"model {name!r}: {architecture} cannot go on from model_name_or_path, a LambdaBERT.")
 
 
 def check_models(recipe: Recipe, names: Sequence[str]) -> None:
@@ -128,8 +125,8 @@ def check_models(recipe: Recipe, names: Sequence[str]) -> None:
         if not model["learning_rates"]:
             raise ValueError(f"model {name!r} has no learning_rates; give at least one.")
         check_variant(model.get("variant"))
-        if model["architecture"] == "bert" and model.get("variant") not in {None, *BERT_VARIANTS}:
-            raise ValueError(f"model {name!r}: variant={model['variant']!r} changes lambda layers, which BERT lacks.")
+        if model["architecture"] in PEERS:
+            check_peer(recipe, name)
         with tempfile.TemporaryDirectory() as folder:
             options = command_options(recipe, name, model["learning_rates"][0], 0, Path(folder))
             parse_arguments([write_options(options, Path(folder))])
@@ -166,11 +163,10 @@ def prepare(folder: RunFolder, name: str, learning_rate: float, seed: int, work:
     if model_args.train_tokenizer:
         pretraining.tokenizer.save_pretrained(tokenizer)
     set_seed(seed)
-    if model["architecture"] == "bert":
-        pretraining.model = bert(pretraining.model.config, data_args.objective)
-    else:
-        pretraining.model = type(pretraining.model)(pretraining.model.config)
-    start_at_frequencies(pretraining.model, count_tokens(pretraining.examples["train"], pretraining.tokenizer))
+    if not model_args.model_name_or_path:
+        make = PEERS.get(model["architecture"], lambda config, objective: type(pretraining.model)(config))
+        pretraining.model = make(pretraining.model.config, data_args.objective)
+        start_at_frequencies(pretraining.model, count_tokens(pretraining.examples["train"], pretraining.tokenizer))
     apply_variant(pretraining.model, model.get("variant"))
     return pretraining
 
@@ -181,9 +177,14 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
     pretraining = prepare(folder, name, learning_rate, seed, work)
     data_args = pretraining.data_args
     with running_variant(recipe["models"][name].get("variant")):
+        checkpoints = work / "checkpoints"  # a folder of their own: the command refuses those that it did not write
+        pretraining.training_args.output_dir = str(checkpoints)
         trainer = pretraining.trainer()
         trainer.data_collator.seed = seed
-        trainer.train()
+        checkpoint = last_complete_checkpoint(checkpoints)
+        trainer.train(str(checkpoint) if checkpoint else None)
+        if trainer.stop.received:
+            raise SystemExit(f"Stopped by {trainer.stop.received}; the same command goes on from here.")
         test = {}
         if "test_file" in recipe:
             rows = load_corpus(replace(data_args, validation_file=[recipe["test_file"]]), train=False)["validation"]
@@ -191,6 +192,7 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
                 rows, pretraining.tokenizer, data_args.example_recipe(), seed=DATA_SEED, training=False
             )
             test = trainer.evaluate(examples, metric_key_prefix="test")
+    shutil.rmtree(work)  # its checkpoints
     curve = [
         {name: record[name] for name in ("step", "num_input_tokens_seen", "seconds")}
         | {key: value for key, value in record.items() if key.startswith("eval_")}

@@ -1,6 +1,7 @@
 """The quality benchmark: its recipes are complete, and its variants are what they are called."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from transformers import set_seed
 from benchmarks import quality
 from benchmarks.environment import ROOT
 from benchmarks.lambda_variants import BERT_VARIANTS, VARIANTS, apply_variant, running_variant
+from benchmarks.peers import PEERS, bert
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.training.trainer import PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM
 from run_language_modeling import parse_arguments, start_at_frequencies
 from training_support import benchmark_options
@@ -48,7 +51,7 @@ def test_recipes_are_complete(file, tmp_path):
         _, data_args, _ = parse_arguments([str(options)])
         config = LambdaBertConfig(**overrides)
         assert data_args.max_seq_length <= config.max_position_embeddings
-        assert model["architecture"] in ("bert", "lambdabert"), name
+        assert model["architecture"] in quality.ARCHITECTURES, name
         assert model.get("variant") in {None, *VARIANTS}, name
         assert model["learning_rates"] and model["max_steps"] > 0
 
@@ -135,7 +138,9 @@ def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_
     [
         ({"architecture": "gpt"}, "model 'one': architecture='gpt'; use one of"),
         ({"variant": "sideways"}, "variant='sideways' is unknown"),
-        ({"architecture": "bert", "variant": "flat E"}, "variant='flat E' changes lambda layers, which BERT lacks"),
+        ({"architecture": "fnet", "variant": "flat E"}, "variant='flat E' changes lambda layers, which fnet lacks"),
+        ({"architecture": "fnet", "options": {"objective": "nsp"}}, "fnet has no head for pairs of sentences"),
+        ({"architecture": "bert", "options": {"model_name_or_path": "x"}}, "bert cannot go on from model_name_or_path"),
         ({"learning_rates": []}, "model 'one' has no learning_rates"),
         ({"options": {"max_seq_lenght": 5}}, "unknown options: max_seq_lenght"),
     ],
@@ -152,8 +157,74 @@ def test_faulty_models_are_refused_before_anything_runs(change, message, tmp_pat
 
 @pytest.mark.parametrize("name", sorted(BERT_VARIANTS))
 def test_variants_of_bert_change_it(name, variant_model):
-    model = quality.bert(variant_model(None).config, "mlm")
+    model = bert(variant_model(None).config, "mlm")
     start_at_frequencies(model, np.arange(model.config.vocab_size))
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     apply_variant(model, name)
     assert any(not torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_peers_have_the_same_shape_and_start(name, make_config):
+    config = make_config(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    model, counts = PEERS[name](config, "mlm"), np.arange(config.vocab_size)
+    start_at_frequencies(model, counts)
+    feed_forward = re.compile(r"\.(intermediate\.dense|mlp\.Wi|mlp\.Wo|\d+\.output\.dense)\.weight$")
+    sizes = [weight.numel() for key, weight in model.named_parameters() if feed_forward.search(key)]
+    assert len(sizes) == 4 and sum(sizes) == 2 * 2 * 64 * 96
+    assert model.get_input_embeddings().weight.shape == (config.vocab_size, 64)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    frequencies = (counts + 1) / (counts + 1).sum()
+    np.testing.assert_allclose(model.get_output_embeddings().bias.exp().detach(), frequencies, rtol=1e-5)
+    ids, mask = torch.arange(5, 25)[None], torch.ones(1, 20, dtype=torch.long)
+    assert model(input_ids=ids, attention_mask=mask, labels=ids).loss.isfinite()
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(text, tmp_path, monkeypatch):
+    recipe = {
+        "pretraining": benchmark_options(text, tmp_path) | {"eval_steps": 4},
+        "seeds": [1],
+        "models": {"LambdaBERT": {"architecture": "lambdabert", "learning_rates": [1e-3], "max_steps": 12}},
+    }
+    monkeypatch.setattr(quality, "require_passing_tests", lambda *tests: None)
+    whole = quality.RunFolder(tmp_path / "whole", recipe)
+    expected = quality.train(whole, "LambdaBERT", 1e-3, 1, tmp_path / "work whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(trainer, *args, **kwargs):
+        if trainer.state.global_step == 6:
+            raise Interrupted
+        return step(trainer, *args, **kwargs)
+
+    step, work = PretrainingTrainer.training_step, tmp_path / "work"
+    folder = quality.RunFolder(tmp_path / "interrupted", recipe)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(PretrainingTrainer, "training_step", interrupt)
+        quality.train(folder, "LambdaBERT", 1e-3, 1, work)
+    assert [checkpoint.name for checkpoint in work.glob("checkpoints/*")] == ["checkpoint-4"]
+    run = quality.train(folder, "LambdaBERT", 1e-3, 1, work)
+    assert [point["eval_mlm_loss"] for point in run["curve"]] == [point["eval_mlm_loss"] for point in expected["curve"]]
+    assert len(run["curve"]) == 3 and not work.exists()
+
+
+def test_a_recipe_goes_on_from_a_model(text, tmp_path, monkeypatch):
+    options = benchmark_options(text, tmp_path)
+    monkeypatch.setattr(quality, "require_passing_tests", lambda *tests: None)
+    recipe = {
+        "pretraining": options,
+        "seeds": [1],
+        "models": {"LambdaBERT": {"architecture": "lambdabert", "learning_rates": [1e-3], "max_steps": 2}},
+    }
+    start = quality.prepare(quality.RunFolder(tmp_path / "first", recipe), "LambdaBERT", 1e-3, 1, tmp_path / "work")
+    folder = tmp_path / "model"
+    start.model.save_pretrained(folder)
+    start.tokenizer.save_pretrained(folder)
+    on = {
+        key: value for key, value in options.items() if key not in ("config_overrides", "train_tokenizer", "vocab_size")
+    }
+    recipe["pretraining"] = on | {"model_name_or_path": str(folder)}
+    again = quality.prepare(quality.RunFolder(tmp_path / "second", recipe), "LambdaBERT", 1e-3, 2, tmp_path / "work 2")
+    for key, weight in again.model.state_dict().items():
+        torch.testing.assert_close(weight, start.model.state_dict()[key], rtol=0, atol=0)

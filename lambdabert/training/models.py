@@ -206,7 +206,7 @@ def start_at_frequencies(model: PreTrainedModel, counts: np.ndarray) -> None:
         model: a model with an MLM head.
         counts: occurrences of each token, [up to vocab_size]; one is added to each.
     """
-    bias = model.get_parameter("cls.predictions.bias")
+    bias: Any = model.get_output_embeddings().bias
     smoothed = torch.ones_like(bias)
     smoothed[: len(counts)] += torch.from_numpy(counts).to(bias)
     with torch.no_grad():
