@@ -8,5 +8,6 @@ README.md lists the commands, their recipes and every recorded result. What seve
     report          tables, JSON records and curves
     encoders        the models whose speed is compared
     calls           one timed call of such a model, and its peak memory
+    peers           other encoders, to be trained beside LambdaBERT
     lambda_variants changes of a model that are not settings of the library
 """
