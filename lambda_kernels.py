@@ -287,7 +287,8 @@ def transfer_matrices(relative_embeddings: torch.Tensor, to_spectrum: torch.Tens
         [T + 1, (2 G K), (2 U G)]
     """
     offsets, key_depth, intra_depth = relative_embeddings.shape
-    furthest, device = -(-(offsets // 2 + 1) // EXPORTED_BLOCK), relative_embeddings.device
+    furthest = count_blocks(offsets // 2 + 1, EXPORTED_BLOCK)
+    device = relative_embeddings.device
     # lambdas of block i see values of block j at offsets (j - i) T - t, for t from -(T - 1) to T - 1, in a circle
     within = torch.arange(2 * EXPORTED_BLOCK, device=device)
     within = torch.where(within < EXPORTED_BLOCK, within, within - 2 * EXPORTED_BLOCK)

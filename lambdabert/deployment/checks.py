@@ -19,7 +19,9 @@ def onnx_call(file: Path) -> Call:
     """An ONNX file as a function of inputs by name, in onnxruntime on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def call(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,7 +47,11 @@ def largest_deviation(loaded: LoadedProgram, call: Call) -> tuple[tuple[str, ...
     for seed, (batch, length) in enumerate(SHAPES, 1):
         inputs = make_inputs(loaded, batch, min(length, loaded.limit or length), seed)
         with torch.inference_mode():
-            expected, actual = loaded.program(**inputs), call(inputs)
+            expected = loaded.program(**inputs)
+            try:
+                actual = call(inputs)
+            except Exception as error:  # a runtime raises what it likes
+                raise ValueError(f"the exported program fails at batch {batch} and length {length}: {error}") from error
         names = tuple(expected)
         if tuple(actual) != names:
             raise ValueError(f"the exported program gives {', '.join(actual)} in place of {', '.join(names)}.")

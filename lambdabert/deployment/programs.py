@@ -60,14 +60,17 @@ def export_program(loaded: LoadedProgram) -> torch.export.ExportedProgram:
 @contextmanager
 def silence() -> Iterator[None]:
     """Keeps what exporters say of their own insides from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", None)]  # onnxruntime's quantisation uses the root's
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def write_torch(loaded: LoadedProgram, file: Path) -> None:
@@ -115,7 +118,7 @@ def guard_length(proto: Any, limit: int) -> None:
     """Makes a runtime refuse sequences above the limit, with an error that says so.
 
     A runtime names the operator that fails. The guard is a look-up of the length in a table of `limit` zeros, which are
-    added to the token ids, and its name is the message.
+    added to the inputs, and its name is the message.
 
     Args:
         proto: the model, changed in place.
@@ -132,13 +135,13 @@ def guard_length(proto: Any, limit: int) -> None:
     for table, numbers in tables.items():
         tensor = numpy_helper.from_array(torch.tensor(numbers).numpy(), table)
         proto.graph.initializer.append(tensor)
-    for node in proto.graph.node:
-        node.input[:] = ["guarded_ids" if given == INPUTS[0] else given for given in node.input]
+    for node in proto.graph.node:  # all of them, so that none fails before the guard does
+        node.input[:] = [f"guarded_{given}" if given in INPUTS else given for given in node.input]
     guard = [
         helper.make_node("Shape", [INPUTS[0]], ["guard_length"], start=axis, end=axis + 1),
         helper.make_node("Sub", ["guard_length", "guard_one"], ["guard_last"]),
         helper.make_node("Gather", ["guard_table", "guard_last"], ["guard_zero"], name=name),
-        helper.make_node("Add", [INPUTS[0], "guard_zero"], ["guarded_ids"]),
+        *(helper.make_node("Add", [given, "guard_zero"], [f"guarded_{given}"]) for given in INPUTS),
     ]
     nodes = [*guard, *proto.graph.node]
     del proto.graph.node[:]
@@ -158,6 +161,7 @@ def quantise(source: Path, file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     proto = onnx.load(source)
+    store_transposed(proto)
     with silence():
         quantize_dynamic(
             proto,
@@ -167,6 +171,18 @@ def quantise(source: Path, file: Path) -> None:
             op_types_to_quantize=["MatMul"],
             nodes_to_quantize=linear_layers(proto),
         )
+
+
+def store_transposed(proto: Any) -> None:
+    """Stores transposed matrices that a product needs, as of the word embeddings that an MLM head shares."""
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+    folded = [node for node in proto.graph.node if node.op_type == "Transpose" and node.input[0] in stored]
+    for node in folded:
+        transposed = numpy_helper.to_array(stored[node.input[0]]).T.copy()
+        proto.graph.initializer.append(numpy_helper.from_array(transposed, node.output[0]))
+        proto.graph.node.remove(node)
 
 
 def linear_layers(proto: Any) -> list[str]:
