@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     length = "any length" if export.limit is None else f"up to {export.limit} tokens"
     print(f"{export.file}: {export.file.stat().st_size / 1e6:.1f} MB, {length}; outputs {', '.join(export.outputs)}")
-    print(f"largest deviation from PyTorch: {export.deviation:.1e} of an output's norm (tolerance {export.tolerance:g})")
+    print(
+        f"largest deviation from PyTorch: {export.deviation:.1e} of an output's norm (tolerance {export.tolerance:g})"
+    )
     return 0
 
 

@@ -152,7 +152,9 @@ def position_lambda_within(context: torch.Tensor, relative_embeddings: torch.Ten
 def toeplitz_matrix(relative_embeddings: torch.Tensor) -> torch.Tensor:
     """The matrix [T K, S U] of a block: the rows of position t hold E [R, K, U] from column t U on, and zeros elsewhere."""
     in_sight = LOCAL_BLOCK + relative_embeddings.shape[0] - 1
-    diagonals = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
+    diagonals = (
+        F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
+    )
     return rearrange(diagonals, "t k u s -> (t k) (s u)")
 
 

@@ -18,7 +18,7 @@ repeated five times as often. Ratios are to BERT in the same runtime and precisi
 BERT is exported with opset 23, whose attention operator onnxruntime runs as one kernel, and was faster than with the
 decomposed attention of opset 20, and than either after `onnxruntime.transformers.optimizer`.
 
-The tests of exported programs run first, and nothing is timed unless they pass; then each file is compared with PyTorch.
+The tests of exported programs run first, and nothing is timed unless they pass; each file is compared with PyTorch.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def add_ratios(results: list[Result]) -> None:
         place = (result["shape"], result["runtime"])
         for name, precision in (("speed_over_bert", result["precision"]), ("speed_over_float32_bert", "float32")):
             if (*place, precision) in bert:
-                result[name] = bert[*place, precision] / result["seconds"]
+                result[name] = bert[(*place, precision)] / result["seconds"]
 
 
 def percentile(taken: Sequence[float], share: float) -> float:

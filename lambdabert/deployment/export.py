@@ -57,9 +57,7 @@ class Export:
     limit: int | None
 
 
-def export_model(
-    model: str | Path, output: str | Path, format: str = "onnx", quantize: str | None = None
-) -> Export:
+def export_model(model: str | Path, output: str | Path, format: str = "onnx", quantize: str | None = None) -> Export:
     """Exports a saved LambdaBERT, with its tokenizer and config beside the program, and checks it against PyTorch.
 
     Weights stored in half precision are exported in float32. Nothing is left behind where the export or the check fails.
@@ -123,7 +121,9 @@ def check_output(output: Path) -> None:
         raise ValueError(f"output={output} exists and is not overwritten; name a new folder or empty this one.")
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"output={output} cannot be written, because {nearest} is not a folder in which you may write.")
+        raise ValueError(
+            f"output={output} cannot be written, because {nearest} is not a folder in which you may write."
+        )
 
 
 def write_program(loaded: LoadedProgram, kind: Format, file: Path, quantize: str | None) -> None:

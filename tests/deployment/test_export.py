@@ -10,11 +10,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import MODEL_CLASS_NAMES
 from transformers import AutoTokenizer, BertTokenizer
 
 import export_model as command
 import modeling_lambdabert
-from conftest import MODEL_CLASS_NAMES
 from lambdabert.deployment import checks, export, export_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,9 @@ CASES = [
 
 def save_model(folder, make_config, name, scope, positions, dtype="float32", **fields):
     """A tiny model with weights that matter, saved with a tokenizer; returns it as it is loaded again, in float32."""
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"])}
+    words = {
+        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"])
+    }
     config = make_config(
         local_context_size=scope,
         position_embedding_type=positions,
@@ -70,7 +72,9 @@ def run_session(session, inputs):
 def assert_same(actual, expected, **tolerance):
     assert list(actual) == list(expected)
     for name, wanted in expected.items():
-        torch.testing.assert_close(torch.as_tensor(actual[name]), wanted, msg=lambda text: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            torch.as_tensor(actual[name]), wanted, msg=lambda text: f"{name}: {text}", **tolerance
+        )
 
 
 @pytest.mark.parametrize("name,scope,positions,dtype", CASES)
