@@ -150,11 +150,10 @@ def position_lambda_within(context: torch.Tensor, relative_embeddings: torch.Ten
 
 
 def toeplitz_matrix(relative_embeddings: torch.Tensor) -> torch.Tensor:
-    """The matrix [T K, S U] of a block: the rows of position t hold E [R, K, U] from column t U on, and zeros elsewhere."""
+    """The matrix [T K, S U] of a block: the rows of position t hold E [R, K, U] from column t U on, zeros elsewhere."""
     in_sight = LOCAL_BLOCK + relative_embeddings.shape[0] - 1
-    diagonals = (
-        F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
-    )
+    padded = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1))
+    diagonals = padded.unfold(0, in_sight, 1).flip(0)
     return rearrange(diagonals, "t k u s -> (t k) (s u)")
 
 
@@ -228,8 +227,8 @@ def spectral_position_lambda(values: torch.Tensor, relative_embeddings: torch.Te
         spectra of the blocks of lambdas     [2 G K, 2 G U] @ [2 G U, B V]      for each of T + 1 frequencies
         the lambdas                          [T, 2 (T + 1)] @ [2 (T + 1), G K B V]
 
-    where 2 stands for real and imaginary parts. That is 4 G K V + 2 T K V multiplications a position, against N K V of the
-    formula. Each product has one symbol at most in an axis that is merged, and that first, or the exporter would ask
+    where 2 stands for real and imaginary parts. That is 4 G K V + 2 T K V multiplications a position, against N K V of
+    the formula. Each product has one symbol at most in an axis that is merged, and that first, or the exporter would ask
     which sizes divide which.
 
     Args:

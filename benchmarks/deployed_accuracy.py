@@ -70,7 +70,8 @@ def mlm_scores(call: Call, batches: Iterable[Inputs]) -> dict[str, float]:
     count = right = loss = 0.0
     for batch in batches:
         labels = batch["labels"]
-        logits = call({name: batch[name] for name in INPUTS})["logits"][labels != -100]
+        inputs = {"token_type_ids": torch.zeros_like(labels)} | dict(batch)  # a collator may leave out the types
+        logits = call({name: inputs[name] for name in INPUTS})["logits"][labels != -100]
         wanted = labels[labels != -100]
         loss += F.cross_entropy(logits, wanted, reduction="sum").item()
         right += int((logits.argmax(-1) == wanted).sum())

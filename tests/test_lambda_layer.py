@@ -358,7 +358,7 @@ POSITION_LAMBDAS = {
 
 
 class TestPositionLambda:
-    """By two formulas, two faster ways and two of exported programs; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
+    """By two formulas, two faster ways and two of exports; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
 
     @pytest.mark.parametrize("length", LENGTHS)
     @pytest.mark.parametrize("size", [1, 3, 25])

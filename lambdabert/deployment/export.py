@@ -60,7 +60,7 @@ class Export:
 def export_model(model: str | Path, output: str | Path, format: str = "onnx", quantize: str | None = None) -> Export:
     """Exports a saved LambdaBERT, with its tokenizer and config beside the program, and checks it against PyTorch.
 
-    Weights stored in half precision are exported in float32. Nothing is left behind where the export or the check fails.
+    Weights stored in half precision are exported in float32. Nothing is left behind where export or check fails.
 
     Args:
         model: the folder of a LambdaBERT, or of a sentence-transformers model of one.
@@ -69,8 +69,8 @@ def export_model(model: str | Path, output: str | Path, format: str = "onnx", qu
         quantize: "int8" for linear layers with weights and activations of 8 bits; None for float32.
 
     Raises:
-        ValueError: an unknown format or quantisation, a package that is missing, a folder that is not a LambdaBERT's, an
-            output that exists, or a program that does not compute what the model does.
+        ValueError: an unknown format or quantisation, a package that is missing, a folder that is not a LambdaBERT's,
+            an output that exists, or a program that does not compute what the model does.
     """
     output = Path(output)
     check_request(format, quantize)
@@ -121,9 +121,7 @@ def check_output(output: Path) -> None:
         raise ValueError(f"output={output} exists and is not overwritten; name a new folder or empty this one.")
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(
-            f"output={output} cannot be written, because {nearest} is not a folder in which you may write."
-        )
+        raise ValueError(f"output={output} cannot be written, because you may not write into {nearest}; name another.")
 
 
 def write_program(loaded: LoadedProgram, kind: Format, file: Path, quantize: str | None) -> None:

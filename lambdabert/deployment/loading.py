@@ -89,6 +89,7 @@ def load_program(folder: Path) -> LoadedProgram:
         raise ValueError(
             f"model={folder} cannot be read ({type(error).__name__}: {error}); save the model again."
         ) from error
+    module: Any
     for module in loaded.program.modules():
         if hasattr(module, "chunk_size_feed_forward"):  # the same results, of lengths that chunks divide
             module.chunk_size_feed_forward = 0
@@ -171,6 +172,7 @@ def load_sentence_transformer(folder: Path) -> LoadedProgram:
             f"model={folder} is a sentence-transformers model: pip install sentence-transformers"
         ) from None
     sentences = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    transformer: Any
     transformer, *modules = sentences
     if any(not getattr(module, "include_prompt", True) for module in modules) and any(sentences.prompts.values()):
         raise ValueError(

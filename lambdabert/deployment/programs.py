@@ -127,8 +127,8 @@ def guard_length(proto: Any, limit: int) -> None:
     from onnx import helper, numpy_helper
 
     name = (
-        f"a sequence is longer than max_position_embeddings={limit} of the exported model: shorten it (a tokenizer does "
-        f"with truncation=True, max_length={limit})"
+        f"a sequence is longer than max_position_embeddings={limit} of the exported model: shorten it (a tokenizer "
+        f"does with truncation=True, max_length={limit})"
     )
     axis = len(proto.graph.input[0].type.tensor_type.shape.dim) - 1
     tables = {"guard_table": [0] * limit, "guard_one": [1]}
