@@ -228,8 +228,8 @@ def spectral_position_lambda(values: torch.Tensor, relative_embeddings: torch.Te
         the lambdas                          [T, 2 (T + 1)] @ [2 (T + 1), G K B V]
 
     where 2 stands for real and imaginary parts. That is 4 G K V + 2 T K V multiplications a position, against N K V of
-    the formula. Each product has one symbol at most in an axis that is merged, and that first, or the exporter would ask
-    which sizes divide which.
+    the formula. Each product has one symbol at most in an axis that is merged, and that first, or the exporter would
+    ask which sizes divide which.
 
     Args:
         values: [B, N, V, U], zero at padding.
