@@ -10,7 +10,7 @@ from .programs import make_inputs
 
 SHAPES = ((1, 1), (2, 7), (3, 65), (5, 130), (2, 300))  # batch and length; longer ones are cut to the limit
 # largest deviation of an output, over its norm: (sum of squares)^½
-TOLERANCES = {"float32": 1e-5, "int8": 0.15}
+TOLERANCES = {"float32": 1e-5, "int8": 0.25}
 
 Call = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
