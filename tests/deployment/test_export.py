@@ -24,7 +24,7 @@ SHAPES = [(2, 5), (1, 1), (4, 33), (3, LONGEST)]  # B, N
 CASES = [
     (name, (5, None)[i % 2], ("absolute", "none")[i // 2 % 2], ("float32", "bfloat16")[i // 3 % 2])
     for i, name in enumerate(CLASS_NAMES)
-] + [("LambdaBertModel", None, "none", "float32"), ("LambdaBertForMaskedLM", None, "absolute", "bfloat16")]
+]
 
 
 def save_model(folder, make_config, name, scope, positions, dtype="float32", **fields):
