@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
         for shape in options.shapes:
             make_inputs(shape)
+        if (
+            "int8" in options.precisions
+            and find_spec("torchao") is None
+            and {"torch", "compiled"} & {*options.runtimes}
+        ):
+            raise ValueError(
+                "torchao is not installed: pip install torchao, or leave out int8 by --precisions float32."
+            )
     require_passing_tests(*LAYER_TESTS)
     require_passing_tests(*EXPORT_TESTS)
     torch.set_num_threads(options.threads)
@@ -252,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(results), end="")
     if options.output:
         recorded = {name: value for name, value in vars(options).items() if name != "output"}
-        versions = environment("onnxruntime", "onnx", "torchao")
+        packages = ["onnxruntime", "onnx", *(["torchao"] if find_spec("torchao") else [])]
+        versions = environment(*packages)
         write_json(options.output / "runtimes.json", {"environment": versions, "options": recorded, "results": results})
         (options.output / "runtimes.md").write_text(table(results), encoding="utf-8")
     return 0
