@@ -6,12 +6,15 @@
 - a global scope, by an FFT, in O(N log N); up to `DIRECT_LENGTH` tokens the formula itself is faster;
 - in inference on a CPU, either of them tile by tile: the lambdas [B, N, K, V] are the largest tensor of a layer, and
   those of a tile never leave the processor's cache;
-- in a program that is exported or traced, by the formulas: they serve every batch size and length, and are made of
-  real-valued operators that every runtime has.
+- in a program that is exported, by forms that serve every batch size and length and are made of real-valued operators
+  that every runtime has: the same Toeplitz blocks, and for a global scope a Fourier transform within blocks;
+- in a program that is traced, by the formulas.
 
-The constants were measured on CPUs, in float32, at the sizes of BERT-base. Axes are those of `lambda_layer.py`.
+The constants were measured on CPUs, in float32, at the sizes of BERT-base; `EXPORTED_BLOCK` in onnxruntime. Axes are
+those of `lambda_layer.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,14 +26,10 @@ DIRECT_LENGTH = 64  # tokens up to which the product with the whole Toeplitz mat
 TILE = 256  # query positions whose lambdas, 0.8 MB at K = 8 and V = 96, fit into a core's second-level cache
 FFT_TILE = 2**18  # numbers in the lambdas of one FFT, 1 MB: more of them do not stay in the cache
 FFT_DEPTHS = 8  # value depths of one FFT at least; the lambdas are written 8 numbers, half a cache line, at a time
+EXPORTED_BLOCK = 64  # T, positions of one transform in an exported global scope: the balance of its two products
 OFF_STRIDE = 16  # numbers added to rows that are transposed: rows 2^i apart share a few sets of the cache
 
 PositionLambda = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def serves_every_size() -> bool:
-    """Whether a program is being exported or traced, which is to serve other batch sizes and lengths than it sees."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def as_a_whole(values: torch.Tensor) -> bool:
@@ -59,7 +58,9 @@ def fastest_outputs(
         position_lambda: the formula of the scope, from values and E to [B, N, K, V].
         apply_lambdas: the formula of the output, from queries, content and position lambdas.
     """
-    if not serves_every_size():
+    if torch.compiler.is_exporting():
+        position_lambda = spectral_position_lambda if is_global else exported_local_lambda
+    elif not torch.jit.is_tracing():
         is_short = is_global and not torch.compiler.is_compiling() and values.shape[1] <= DIRECT_LENGTH
         if not is_short:
             position_lambda = fft_position_lambda if is_global else toeplitz_position_lambda
@@ -144,11 +145,35 @@ def position_lambda_within(context: torch.Tensor, relative_embeddings: torch.Ten
     windows = rows.flatten(1).unfold(1, in_sight * intra_depth * value_depth, LOCAL_BLOCK * intra_depth * value_depth)
     blocks = windows.shape[1]
     windows = rearrange(windows, "b g (s v) -> (b g) s v", v=value_depth)
-    # row t holds E from column t on, and zeros elsewhere
-    toeplitz = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1)).unfold(0, in_sight, 1).flip(0)
-    toeplitz = rearrange(toeplitz, "t k u s -> (t k) (s u)")
-    lambdas = torch.bmm(toeplitz.expand(len(windows), -1, -1), windows)
+    lambdas = torch.bmm(toeplitz_matrix(relative_embeddings).expand(len(windows), -1, -1), windows)
     return rearrange(lambdas, "(b g) (t k) v -> b (g t) k v", g=blocks, t=LOCAL_BLOCK)[:, :length]
+
+
+def toeplitz_matrix(relative_embeddings: torch.Tensor) -> torch.Tensor:
+    """The matrix [T K, S U] of a block: the rows of position t hold E [R, K, U] from column t U on, zeros elsewhere."""
+    in_sight = LOCAL_BLOCK + relative_embeddings.shape[0] - 1
+    padded = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1))
+    diagonals = padded.unfold(0, in_sight, 1).flip(0)
+    return rearrange(diagonals, "t k u s -> (t k) (s u)")
+
+
+def count_blocks(length: int, block: int) -> int:
+    """Blocks that hold `length` positions; two at least, because an axis of one is another program to the exporter."""
+    return torch.sym_max(2, (length + block - 1) // block)
+
+
+def exported_local_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
+    """`toeplitz_position_lambda` in a form whose sizes may be symbols: sizes that are padded to, windows by look-up."""
+    length, scope = values.shape[1], relative_embeddings.shape[0]
+    blocks, reach, in_sight = count_blocks(length, LOCAL_BLOCK), scope // 2, LOCAL_BLOCK + scope - 1
+    rest = blocks * LOCAL_BLOCK - length
+    context = F.pad(rearrange(values, "b m v u -> b m u v"), (0, 0, 0, 0, reach, reach + rest))
+    starts = LOCAL_BLOCK * torch.arange(blocks, device=values.device)
+    places = (starts[:, None] + torch.arange(in_sight, device=values.device)).flatten()
+    windows = context.index_select(1, places).unflatten(1, (blocks, in_sight)).flatten(2, 3)
+    lambdas = toeplitz_matrix(relative_embeddings) @ windows
+    lambdas = rearrange(lambdas, "b g (t k) v -> b (g t) k v", t=LOCAL_BLOCK)
+    return F.pad(lambdas, (0, 0, 0, 0, 0, -rest))
 
 
 def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
@@ -190,3 +215,98 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
             convolution = F.pad(convolution, (0, OFF_STRIDE))[..., :length]
             lambdas[..., some] = rearrange(convolution, "b k v n -> b n k v")
     return lambdas.to(values.dtype)
+
+
+def spectral_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
+    """Position lambda of a global scope by real matrix products of any size, for exported programs.
+
+    The N positions are cut into G blocks of T. What a block of values adds to a block of lambdas depends on how far the
+    two are apart, and is a convolution of T places: a product of spectra of period 2T. So
+
+        spectra of the blocks of values      [2 (T + 1), T] @ [T, V]            for each block
+        spectra of the blocks of lambdas     [2 G K, 2 G U] @ [2 G U, B V]      for each of T + 1 frequencies
+        the lambdas                          [T, 2 (T + 1)] @ [2 (T + 1), G K B V]
+
+    where 2 stands for real and imaginary parts. That is 4 G K V + 2 T K V multiplications a position, against N K V of
+    the formula. Each product has one symbol at most in an axis that is merged, and that first, or the exporter would
+    ask which sizes divide which.
+
+    Args:
+        values: [B, N, V, U], zero at padding.
+        relative_embeddings: E, [2P - 1, K, U] with P >= N; index P - 1 is the offset m - n = 0.
+
+    Returns:
+        [B, N, K, V]
+    """
+    length, value_depth, intra_depth = values.shape[1:]
+    key_depth = relative_embeddings.shape[1]
+    at_least_float32 = torch.promote_types(values.dtype, torch.float32)
+    blocks = count_blocks(length, EXPORTED_BLOCK)
+    rest = blocks * EXPORTED_BLOCK - length
+    to_spectrum, from_spectrum = block_transforms(at_least_float32, values.device)
+
+    padded = F.pad(rearrange(values.to(at_least_float32), "b m v u -> b u m v"), (0, 0, 0, rest))
+    spectra = [
+        (part @ padded[:, u].unflatten(1, (blocks, EXPORTED_BLOCK))).permute(2, 1, 0, 3).flatten(2)
+        for part in to_spectrum[..., :EXPORTED_BLOCK]
+        for u in range(intra_depth)
+    ]
+    transfer = transfer_matrices(relative_embeddings.to(at_least_float32), to_spectrum, blocks)
+    lambdas = torch.bmm(transfer, torch.cat(spectra, dim=1))  # [T + 1, (2 G K), (B V)]
+    lambdas = lambdas.unflatten(1, (2, blocks * key_depth)).flatten(0, 1).flatten(1, 2)
+    lambdas = (from_spectrum @ lambdas).view(EXPORTED_BLOCK, blocks, key_depth, values.shape[0], value_depth)
+    lambdas = lambdas.permute(3, 1, 0, 2, 4).flatten(1, 2)
+    return F.pad(lambdas, (0, 0, 0, 0, 0, -rest)).to(values.dtype)
+
+
+def block_transforms(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The discrete Fourier transform of period 2T and its inverse on the first T places, as real matrices.
+
+    Returns:
+        Real and imaginary parts [2, T + 1, 2T], and [T, (T + 1) 2].
+    """
+    period = 2 * EXPORTED_BLOCK
+    places = torch.arange(period, device=device)
+    turns = places[: EXPORTED_BLOCK + 1, None] * places % period
+    angles = turns.to(dtype) * (2 * math.pi / period)
+    to_spectrum = torch.stack([angles.cos(), -angles.sin()])
+    # all but the first and the last frequency stand for their conjugates too
+    weights = 2 - (places[: EXPORTED_BLOCK + 1] % EXPORTED_BLOCK == 0).to(dtype)
+    from_spectrum = to_spectrum[..., :EXPORTED_BLOCK] * (weights / period)[:, None]
+    return to_spectrum, rearrange(from_spectrum, "c f t -> t (f c)")
+
+
+def transfer_matrices(relative_embeddings: torch.Tensor, to_spectrum: torch.Tensor, blocks: int) -> torch.Tensor:
+    """What the spectra of G blocks of values add to those of G blocks of lambdas.
+
+    Args:
+        relative_embeddings: E, [2P - 1, K, U].
+        to_spectrum: the transform, [2, T + 1, 2T].
+        blocks: G.
+
+    Returns:
+        [T + 1, (2 G K), (2 U G)]
+    """
+    offsets, key_depth, intra_depth = relative_embeddings.shape
+    furthest = count_blocks(offsets // 2 + 1, EXPORTED_BLOCK)
+    device = relative_embeddings.device
+    # lambdas of block i see values of block j at offsets (j - i) T - t, for t from -(T - 1) to T - 1, in a circle
+    within = torch.arange(2 * EXPORTED_BLOCK, device=device)
+    within = torch.where(within < EXPORTED_BLOCK, within, within - 2 * EXPORTED_BLOCK)
+    apart = EXPORTED_BLOCK * torch.arange(1 - furthest, furthest, device=device)
+    index = apart[:, None] - within + offsets // 2
+    is_offset = (index >= 0) & (index < offsets) & (within > -EXPORTED_BLOCK)
+    kernels = relative_embeddings[index.clamp(0, offsets - 1)] * is_offset[..., None, None]
+    real, imaginary = torch.einsum("cft,dtku->cdkuf", to_spectrum, kernels)
+    to_real, to_imaginary = torch.stack([real, -imaginary], 2), torch.stack([imaginary, real], 2)
+    table = rearrange(torch.stack([to_real, to_imaginary], 1), "d o k i u f -> (d o k i u) f")
+
+    # rows of the table: an axis that counts blocks comes first, so that no merged axis starts with the number 2
+    inputs = 2 * intra_depth
+    block = 2 * key_depth * inputs * torch.arange(blocks, device=device)
+    channels = inputs * torch.arange(key_depth, device=device)
+    rows = (channels - block[:, None]).flatten()
+    columns = block + 2 * key_depth * inputs * (furthest - 1)
+    rows = torch.cat([rows, rows + key_depth * inputs])
+    columns = torch.cat([columns + i for i in range(inputs)])
+    return F.embedding(rows[:, None] + columns, table).permute(2, 0, 1)

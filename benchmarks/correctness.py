@@ -11,6 +11,7 @@ LAYER_TESTS = (
     ("tests/test_lambda_layer.py", "tests/test_modeling.py", "tests/test_packing.py"),
     "Definition or Tiles or Packing or PositionLambda or Padding or Precision or test_packing",
 )
+EXPORT_TESTS = (("tests/deployment",), "computes_what_the_model_does")
 TEXT_TESTS = (("tests/text",), "not streaming")
 
 

@@ -6,13 +6,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {"run_language_modeling", "distill_from_bert", "interpret_lambdas"}
+COMMANDS = {"run_language_modeling", "distill_from_bert", "interpret_lambdas", "export_model"}
 # what each part must not know of
 ABOVE = {
     "lambdabert.text": ("lambdabert.training", "lambdabert.distillation", "lambdabert.interpretation"),
     "lambdabert.training": ("lambdabert.distillation", "lambdabert.interpretation"),
     "lambdabert.distillation": ("lambdabert.interpretation",),
-    "lambdabert.interpretation": ("lambdabert.training", "lambdabert.distillation"),
+    "lambdabert.interpretation": ("lambdabert.training", "lambdabert.distillation", "lambdabert.deployment"),
+    "lambdabert.deployment": (
+        "lambdabert.text",
+        "lambdabert.training",
+        "lambdabert.distillation",
+        "lambdabert.interpretation",
+    ),
 }
 
 

@@ -149,7 +149,7 @@ def test_installed_are_the_model_the_commands_and_the_package(site):
 def test_installed_package_is_importable_from_anywhere(site):
     program = (
         "import configuration_lambdabert, lambda_layer, modeling_lambdabert\n"
-        "import distill_from_bert, interpret_lambdas, run_language_modeling\n"
+        "import distill_from_bert, export_model, interpret_lambdas, run_language_modeling\n"
         "from importlib.resources import files\n"
         "assert files('lambdabert.interpretation').joinpath('page.html').is_file()\n"
         "from lambdabert import LambdaBertConfig, LambdaBertModel, LambdaLayer\n"
@@ -169,6 +169,7 @@ def test_installed_package_is_importable_from_anywhere(site):
         ("lambdabert-pretrain", "--learning_rate"),
         ("lambdabert-distill", "--learning_rate"),
         ("lambdabert-interpret", "faithfulness"),
+        ("lambdabert-export", "--quantize"),
     ],
 )
 def test_console_scripts(site, script, option):

@@ -352,15 +352,17 @@ POSITION_LAMBDAS = {
     "toeplitz": lambda_kernels.toeplitz_position_lambda,
     "global": lambda_layer.global_position_lambda,
     "fft": lambda_kernels.fft_position_lambda,
+    "exported local": lambda_kernels.exported_local_lambda,
+    "spectral": lambda_kernels.spectral_position_lambda,
 }
 
 
 class TestPositionLambda:
-    """By two formulas and two faster ways; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
+    """By two formulas, two faster ways and two of exports; values [B, M, V, U], table [R', K, U] -> [B, N, K, V]."""
 
     @pytest.mark.parametrize("length", LENGTHS)
     @pytest.mark.parametrize("size", [1, 3, 25])
-    @pytest.mark.parametrize("name", ["local", "toeplitz"])
+    @pytest.mark.parametrize("name", ["local", "toeplitz", "exported local"])
     def test_local(self, name, size, length):
         torch.manual_seed(0)
         values = torch.randn(2, length, 3, 2, dtype=torch.float64)
@@ -368,7 +370,7 @@ class TestPositionLambda:
         expected = reference_position_lambda(values, table, size)
         torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.parametrize("name", ["global", "fft"])
+    @pytest.mark.parametrize("name", ["global", "fft", "spectral"])
     @pytest.mark.parametrize("limit", [63, 100])
     @pytest.mark.parametrize("length", LENGTHS)
     def test_global(self, name, limit, length):

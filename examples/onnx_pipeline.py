@@ -1,0 +1,34 @@
+"""Runs a pipeline of transformers on a model that export_model.py wrote: onnxruntime computes, PyTorch does not.
+
+python -m examples.onnx_pipeline fill-mask models/mine_onnx "The capital of France is [MASK]."
+"""
+
+import sys
+
+import onnxruntime
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, pipeline
+from transformers.modeling_outputs import ModelOutput
+
+from configuration_lambdabert import LambdaBertConfig
+
+
+class OnnxModel(PreTrainedModel):
+    config_class = LambdaBertConfig
+    device = torch.device("cpu")
+
+    def __init__(self, folder: str):
+        super().__init__(LambdaBertConfig.from_pretrained(folder))
+        self.session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        outputs = self.session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        names = (output.name for output in self.session.get_outputs())
+        return ModelOutput((name, torch.from_numpy(output)) for name, output in zip(names, outputs))
+
+
+task, folder, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+for answer in pipeline(task, model=OnnxModel(folder), tokenizer=tokenizer, device="cpu")(text):
+    print(answer)

@@ -1,0 +1,186 @@
+"""A saved LambdaBERT as what is exported: a module from three inputs to named outputs, and its tokenizer."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+import modeling_lambdabert
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SENTENCE_MODULES = "modules.json"  # what makes a folder one of sentence-transformers
+
+
+class ModelProgram(nn.Module):
+    """A model whose outputs are tensors by name, as runtimes give them.
+
+    Args:
+        model: a LambdaBERT.
+        sentence_modules: what sentence-transformers does with its token embeddings: pooling and what follows.
+    """
+
+    def __init__(self, model: nn.Module, sentence_modules: tuple[nn.Module, ...] = ()):
+        super().__init__()
+        self.model = model
+        self.sentence_modules = nn.ModuleList(sentence_modules)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Named outputs; for sentence modules `last_hidden_state` [B, N, D] and `sentence_embedding` [B, ...]."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            output_hidden_states=False,
+            output_lambda_params=False,
+            return_dict=True,
+        )
+        if not self.sentence_modules:
+            return dict(outputs)
+        features = {"token_embeddings": outputs.last_hidden_state, "attention_mask": attention_mask}
+        for module in self.sentence_modules:
+            features = module(features)
+        return {"last_hidden_state": outputs.last_hidden_state, "sentence_embedding": features["sentence_embedding"]}
+
+
+@dataclass
+class LoadedProgram:
+    """What was loaded.
+
+    Attributes:
+        program: in float32 and evaluation mode.
+        config: of the model.
+        tokenizer: None where the folder has none.
+        takes_choices: whether the inputs are [B, choices, N], and not [B, N].
+    """
+
+    program: ModelProgram
+    config: Any
+    tokenizer: Any
+    takes_choices: bool
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a sequence; None = any number."""
+        return self.config.longest_sequence
+
+
+def load_program(folder: Path) -> LoadedProgram:
+    """Loads a folder of `save_pretrained` or of sentence-transformers. No code in it is run.
+
+    Raises:
+        ValueError: it is no such folder, is of another model, lacks weights, or cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"model={folder} is not a folder; name the one that a LambdaBERT was saved to.")
+    modules = sentence_module_paths(folder)
+    check_kind(folder / modules[0] if modules else folder)
+    try:
+        loaded = load_sentence_transformer(folder) if modules else load_model(folder)
+    except ValueError:
+        raise
+    except Exception as error:  # a broken file raises whatever its reader stumbles over
+        raise ValueError(
+            f"model={folder} cannot be read ({type(error).__name__}: {error}); save the model again."
+        ) from error
+    module: Any
+    for module in loaded.program.modules():
+        if hasattr(module, "chunk_size_feed_forward"):  # the same results, of lengths that chunks divide
+            module.chunk_size_feed_forward = 0
+    loaded.program.eval()
+    return loaded
+
+
+def sentence_module_paths(folder: Path) -> list[str]:
+    """Subfolders of a sentence-transformers model's modules, the transformer's first; none for another folder."""
+    try:
+        modules = json.loads((folder / SENTENCE_MODULES).read_text(encoding="utf-8"))
+        return [module["path"] for module in modules]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / SENTENCE_MODULES} cannot be read ({error}); save the model again.") from None
+
+
+def check_kind(folder: Path) -> None:
+    """Refuses what is not a LambdaBERT.
+
+    Raises:
+        ValueError: no config, or another model's.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"model={folder} holds no {CONFIG_NAME}; name the folder that a LambdaBERT was saved to.")
+    try:
+        kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    except Exception as error:
+        raise ValueError(f"{folder / CONFIG_NAME} cannot be read ({error}); save the model again.") from None
+    if kind != "lambdabert":
+        raise ValueError(
+            f"model={folder} is of type {kind}, and LambdaBERT is exported here; `optimum-cli export onnx` exports "
+            "others, and distill_from_bert.py turns a BERT into a LambdaBERT."
+        )
+
+
+def load_model(folder: Path) -> LoadedProgram:
+    """Loads a model as the class that it was saved as.
+
+    Raises:
+        ValueError: weights are missing; a pooling layer may be, and then is left out.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(folder)
+    architecture = next(iter(fields.get("architectures") or ()), None)
+    known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
+    model_class: Any = getattr(modeling_lambdabert, known)
+    model, found = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    missing = set(found["missing_keys"])
+    if isinstance(model, modeling_lambdabert.LambdaBertModel):
+        pooler = {name for name in missing if name.startswith("pooler.")}
+        model.pooler = None if pooler else model.pooler
+        missing -= pooler
+    if missing:
+        raise ValueError(
+            f"model={folder} has no weights for {', '.join(sorted(missing)[:3])}, which would be random; train or save "
+            f"it as a {known}, or name in `architectures` of its {CONFIG_NAME} the class that it is."
+        )
+    takes_choices = isinstance(model, modeling_lambdabert.LambdaBertForMultipleChoice)
+    return LoadedProgram(ModelProgram(model), model.config, load_tokenizer(folder), takes_choices)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder; None where there are no files of one."""
+    if not any(folder.glob("tokenizer*")) and not (folder / "vocab.txt").exists():
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_sentence_transformer(folder: Path) -> LoadedProgram:
+    """Loads a sentence-transformers model whose transformer is a LambdaBERT.
+
+    Raises:
+        ValueError: the package is missing, or a prompt is pooled in a way that one program cannot follow.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ValueError(
+            f"model={folder} is a sentence-transformers model: pip install sentence-transformers"
+        ) from None
+    sentences = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    transformer: Any
+    transformer, *modules = sentences
+    if any(not getattr(module, "include_prompt", True) for module in modules) and any(sentences.prompts.values()):
+        raise ValueError(
+            f"model={folder} leaves the tokens of its prompts out of the mean (include_prompt=false), and an exported "
+            "program does not know which they are; remove the prompts, or use it in PyTorch."
+        )
+    model = transformer.auto_model
+    model.pooler = None
+    tokenizer = sentences.tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, sentences.max_seq_length or tokenizer.model_max_length)
+    return LoadedProgram(ModelProgram(model, tuple(modules)), model.config, tokenizer, takes_choices=False)

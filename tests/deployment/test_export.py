@@ -1,0 +1,263 @@
+"""Exported programs: they compute what the model does, whatever the batch, and what cannot be exported is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoTokenizer, BertTokenizer
+
+import export_model as command
+import modeling_lambdabert
+from lambdabert.deployment import checks, export, export_model
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 140
+CLASS_NAMES = [name for name in modeling_lambdabert.__all__ if name != "LambdaBertPreTrainedModel"]
+SHAPES = [(2, 5), (1, 1), (4, 33), (3, LONGEST)]  # B, N
+# each class, each scope, with and without position embeddings, from float32 and bfloat16
+CASES = [
+    (name, (5, None)[i % 2], ("absolute", "none")[i // 2 % 2], ("float32", "bfloat16")[i // 3 % 2])
+    for i, name in enumerate(CLASS_NAMES)
+]
+
+
+def save_model(folder, make_config, name, scope, positions, dtype="float32", **fields):
+    """A tiny model with weights that matter, saved with a tokenizer; returns it as it is loaded again, in float32."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    config = make_config(
+        local_context_size=scope,
+        position_embedding_type=positions,
+        max_position_embeddings=LONGEST,
+        num_hidden_layers=1,
+        content_gain=True,
+        **fields,
+    )
+    model_class = getattr(modeling_lambdabert, name)
+    torch.manual_seed(0)
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def padded_inputs(make_inputs, model, batch, length):
+    """A batch with a tail of padding, a hole, padding in front and a row of padding, as far as it has rows."""
+    inputs = make_inputs(type(model), model.config, batch, length)
+    mask = inputs["attention_mask"]
+    mask[0, ..., (length + 1) // 2 :] = 0
+    mask[0, ..., length // 4 : length // 3] = 0
+    if batch > 1:
+        mask[1, ..., : length // 3] = 0
+    if batch > 2:
+        mask[2] = 0
+    return inputs
+
+
+def run_session(session, inputs):
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {name: value.numpy() for name, value in inputs.items()})))
+
+
+def assert_same(actual, expected, **tolerance):
+    assert list(actual) == list(expected)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(torch.as_tensor(actual[name]), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("name,scope,positions,dtype", CASES)
+def test_onnx_computes_what_the_model_does(name, scope, positions, dtype, make_config, make_inputs, tmp_path):
+    model = save_model(tmp_path / "model", make_config, name, scope, positions, dtype)
+    done = export_model(tmp_path / "model", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
+    axes = ["batch", "choices", "sequence"] if name.endswith("MultipleChoice") else ["batch", "sequence"]
+    assert [(given.name, given.shape) for given in session.get_inputs()] == [
+        (given, axes) for given in ("input_ids", "attention_mask", "token_type_ids")
+    ]
+    for shape in SHAPES:
+        inputs = padded_inputs(make_inputs, model, *shape)
+        with torch.no_grad():
+            expected = model(**inputs)
+        assert_same(run_session(session, inputs), expected, rtol=1e-4, atol=1e-5)
+
+    is_limited = scope is None or positions == "absolute"
+    assert done.limit == (LONGEST if is_limited else None)
+    longer = make_inputs(type(model), model.config, 1, LONGEST + 1)
+    if is_limited:
+        with pytest.raises(Exception, match=rf"a sequence is longer than max_position_embeddings={LONGEST} .* shorten"):
+            run_session(session, longer)
+    else:
+        with torch.no_grad():
+            assert_same(run_session(session, longer), model(**longer), rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())
+    assert config["model_type"] == "lambdabert" and config["architectures"] == [name]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx", trust_remote_code=False)
+    assert set(tokenizer("a b")) == {given.name for given in session.get_inputs()}
+    assert not is_limited or tokenizer.model_max_length == LONGEST
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("scope", [5, None])
+def test_torch_program_computes_what_the_model_does(scope, make_config, make_inputs, tmp_path):
+    model = save_model(tmp_path / "model", make_config, "LambdaBertForTokenClassification", scope, "absolute")
+    done = export_model(tmp_path / "model", tmp_path / "program", format="torch")
+    program = torch.export.load(done.file).module()
+    for shape in SHAPES:
+        inputs = padded_inputs(make_inputs, model, *shape)
+        with torch.no_grad():
+            assert_same(program(**inputs), model(**inputs), rtol=1e-4, atol=1e-5)
+    with pytest.raises(Exception, match=rf"{LONGEST}"):
+        program(**make_inputs(type(model), model.config, 1, LONGEST + 1))
+
+
+def test_int8_computes_nearly_what_the_model_does(make_config, make_inputs, tmp_path):
+    """Linear layers have 8-bit weights, the shared matrix of the MLM head among them, and no other product has."""
+    sizes = dict(hidden_size=64, intermediate_size=256, num_lambda_queries=4, vocab_size=300)
+    model = save_model(tmp_path / "model", make_config, "LambdaBertForMaskedLM", None, "absolute", **sizes)
+    done = export_model(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    inputs = padded_inputs(make_inputs, model, 4, 70)
+    session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    actual = torch.as_tensor(run_session(session, inputs)["logits"])
+    assert 1e-5 < (actual - expected).norm() / expected.norm() < 0.1
+    graph = onnx.load(done.file).graph
+    eight_bits = {tuple(weight.dims) for weight in graph.initializer if weight.data_type == onnx.TensorProto.INT8}
+    weights = {tuple(layer.weight.T.shape) for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
+    assert {shape for shape in eight_bits if len(shape) == 2} == weights
+    products = sum(node.op_type == "MatMulInteger" for node in graph.node)
+    assert products == sum(isinstance(layer, torch.nn.Linear) for layer in model.modules())
+
+
+def test_a_model_without_pooling_layer_has_no_pooler_output(make_config, tmp_path):
+    """Its random one would be exported otherwise."""
+    config = make_config(num_hidden_layers=1)
+    modeling_lambdabert.LambdaBertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
+    done = export_model(tmp_path / "model", tmp_path / "program", format="torch")
+    assert done.outputs == ("last_hidden_state",)
+
+
+class TestMistakes:
+    @pytest.fixture
+    def model(self, make_config, tmp_path):
+        save_model(tmp_path / "model", make_config, "LambdaBertModel", 5, "none")
+        return tmp_path / "model"
+
+    def refuses(self, capsys, tmp_path, *arguments):
+        """The one line of a command that fails and leaves nothing behind."""
+        before = sorted(tmp_path.rglob("*"))
+        assert command.main([str(argument) for argument in arguments]) == 1
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
+        assert sorted(tmp_path.rglob("*")) == before
+        return said.err
+
+    def test_format_and_quantisation(self, model, tmp_path, capsys):
+        said = self.refuses(capsys, tmp_path, model, "--format", "onx", "--output", tmp_path / "out")
+        assert "format=onx is unknown; use one of onnx, torch" in said
+        said = self.refuses(
+            capsys, tmp_path, model, "--format", "torch", "--quantize", "int8", "--output", tmp_path / "out"
+        )
+        assert "quantize=int8 is not possible with format=torch; use format=onnx" in said
+        said = self.refuses(capsys, tmp_path, model, "--quantize", "int4", "--output", tmp_path / "out")
+        assert "quantize=int4 is not possible" in said and "quantize=int8" in said
+        assert "--output" in self.refuses(capsys, tmp_path, model)
+
+    def test_folders_that_are_no_lambdabert(self, model, teachers, tmp_path, capsys):
+        out = tmp_path / "out"
+        assert "is not a folder" in self.refuses(capsys, tmp_path, tmp_path / "nothing", "--output", out)
+        (tmp_path / "empty").mkdir()
+        assert "holds no config.json" in self.refuses(capsys, tmp_path, tmp_path / "empty", "--output", out)
+        said = self.refuses(capsys, tmp_path, teachers / "plain", "--output", out)
+        assert "is of type bert" in said and "distill_from_bert.py" in said
+        (model / "model.safetensors").write_bytes(b"nonsense")
+        assert "cannot be read" in self.refuses(capsys, tmp_path, model, "--output", out)
+
+    def test_weights_that_would_be_random(self, model, tmp_path, capsys):
+        config = json.loads((model / "config.json").read_text()) | {"architectures": ["LambdaBertForMaskedLM"]}
+        (model / "config.json").write_text(json.dumps(config))
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert "has no weights for cls.predictions" in said and "architectures" in said
+
+    def test_an_output_that_holds_something(self, model, tmp_path, capsys):
+        said = self.refuses(capsys, tmp_path, model, "--output", model)
+        assert "exists and is not overwritten" in said
+        said = self.refuses(capsys, tmp_path, model, "--output", model / "config.json" / "out")
+        assert "you may not write" in said
+
+    def test_missing_packages(self, model, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(export, "find_spec", lambda package: None if package == "onnxruntime" else package)
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert "onnxruntime is not installed: pip install onnx onnxscript onnxruntime" in said
+
+    def test_a_program_that_computes_something_else(self, model, tmp_path, capsys, monkeypatch):
+        wrong = torch_call_with_error(checks.torch_call)
+        monkeypatch.setitem(export.FORMATS, "torch", export.Format("model.pt2", export.write_torch, wrong))
+        said = self.refuses(capsys, tmp_path, model, "--format", "torch", "--output", tmp_path / "out")
+        assert "deviates by" in said and "nothing was written" in said
+
+
+def torch_call_with_error(read):
+    """Reads a program whose outputs are off by a thousandth."""
+
+    def call_of(file):
+        call = read(file)
+        return lambda inputs: {name: 1.001 * output for name, output in call(inputs).items()}
+
+    return call_of
+
+
+@pytest.fixture(scope="module")
+def sentence_student(sentence_teacher, tmp_path_factory):
+    """A sentence-transformers model of a LambdaBERT."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = sentence_transformers.sentence_transformer.modules
+    folder = tmp_path_factory.mktemp("student")
+    modeling_lambdabert.LambdaBertModel.from_bert(sentence_teacher).save_pretrained(folder / "encoder")
+    AutoTokenizer.from_pretrained(sentence_teacher).save_pretrained(folder / "encoder")
+    transformer = modules.Transformer(str(folder / "encoder"), max_seq_length=24)
+    student = sentence_transformers.SentenceTransformer(
+        modules=[transformer, modules.Pooling(24, "mean"), modules.Normalize()], device="cpu"
+    )
+    student.save(str(folder / "sentences"))
+    return folder / "sentences", student
+
+
+def test_sentence_vectors_are_the_same_in_onnxruntime(sentence_student, text, tmp_path, monkeypatch):
+    """By the five lines of docs/deploying.md."""
+    folder, student = sentence_student
+    assert command.main([str(folder), "--output", str(tmp_path / "models" / "sentences_onnx")]) == 0
+    lines = [line for line in (text / "train.txt").read_text().splitlines() if line.strip()][:9]
+    texts = [*lines, " ".join(lines), "fox"]  # one above the limit
+    page = (ROOT / "docs" / "deploying.md").read_text(encoding="utf-8")
+    snippet = next(part for part in page.split("```python\n")[1:] if "sentence_embedding" in part).partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {"texts": texts}
+    exec(snippet, names)
+    np.testing.assert_allclose(names["vectors"], student.encode(texts), atol=1e-5)
+
+
+def test_example_runs_a_pipeline(make_config, tmp_path):
+    model = save_model(tmp_path / "model", make_config, "LambdaBertForMaskedLM", 5, "none")
+    export_model(tmp_path / "model", tmp_path / "onnx")
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.onnx_pipeline", "fill-mask", tmp_path / "onnx", "a [MASK] c"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    with torch.no_grad():
+        logits = model(**tokenizer("a [MASK] c", return_tensors="pt")).logits[0, 2]
+    found = [eval(line) for line in done.stdout.splitlines()]
+    assert [answer["token"] for answer in found] == logits.topk(5).indices.tolist()
+    assert found[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
