@@ -27,13 +27,13 @@ from lambdabert.interpretation import (
     Explanation,
     chance,
     faithfulness,
-    feature_rows,
     masked_examples,
     neighbours,
     probe_task,
     read_task,
     save_html,
     swap_effects,
+    task_features,
     topic_features,
     trace_lambdas,
 )
@@ -288,7 +288,7 @@ def run_probe(args: argparse.Namespace) -> None:
     loaded = LoadedModel(args.model)
     results = {}
     for task in tasks:
-        rows = probe_task(task, feature_rows(loaded.model, loaded.batches(task.texts, f"task={task.name}, text")))
+        rows = probe_task(task, task_features(loaded, task))
         results[task.name] = rows
         print(task.name)
         print_table(

@@ -1,6 +1,6 @@
 """What a probe is given of each text: content lambdas, and the simpler rows that they must beat."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .models import lambda_layers, model_inputs, project_keys
-from .traces import LambdaTrace, trace_lambdas
+from .traces import trace_lambdas
 
 RANDOM_MODELS = 3
 
@@ -23,8 +23,8 @@ def feature_rows(
     Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding", and for each
     layer i "mean hidden state i" (its output), "mean value i", "content lambda i" and "random-key content lambda i", in
     which only the keys are random; "content lambda, all layers". Of three models with random weights and
-    the same config, but without a gain: "random model j, content lambda i" and "random model j, content lambda, all
-    layers". Means are over real tokens; layers and models count from 0.
+    the same config, but without a gain: "random model j, mean hidden state i", "random model j, content lambda i" and
+    "random model j, content lambda, all layers". Means are over real tokens; layers and models count from 0.
 
     Args:
         model: a LambdaBERT of any class, in evaluation mode.
@@ -52,17 +52,19 @@ def feature_rows(
         add("length", mask.sum(1, keepdim=True))
         words = torch.zeros(len(mask), encoder.config.vocab_size, device=mask.device)
         add("bag of words", words.scatter_add_(1, inputs["input_ids"], mask.float()))
-        add("mean embedding", _mean(trace.outputs.hidden_states[0], mask))
+        add("mean embedding", mean_of_tokens(trace.outputs.hidden_states[0], mask))
         for i, layer in enumerate(trace.layers):
-            add(f"mean hidden state {i}", _mean(trace.outputs.hidden_states[i + 1], mask))
-            add(f"mean value {i}", _mean(layer.values.flatten(2), mask))
+            add(f"mean value {i}", mean_of_tokens(layer.values.flatten(2), mask))
             keys = project_keys(learned[i], layer.hidden_states @ key_weights[i].T, mask)
             content = einsum(keys, layer.values, layer.content_gain, "b m k u, b m v u, k -> b k v")
             add(f"random-key content lambda {i}", content.flatten(1))
-        _add_content_lambdas(add, "", trace)
+        _add_by_layer(add, "", [layer.content for layer in trace.layers], trace.outputs.hidden_states, mask)
     for number, other in enumerate(_random_models(encoder, seed)):
         for inputs in tqdm(batches, unit="batch", desc=f"random model {number}"):
-            _add_content_lambdas(add, f"random model {number}, ", trace_lambdas(other, inputs))
+            with torch.no_grad():
+                outputs = other(**inputs, output_lambda_params=True, output_hidden_states=True)
+            prefix, mask = f"random model {number}, ", inputs["attention_mask"].bool()
+            _add_by_layer(add, prefix, outputs.lambda_params, outputs.hidden_states, mask)
     return {name: torch.cat(found) for name, found in rows.items()}
 
 
@@ -71,14 +73,17 @@ def _in_rows(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.flatten(0, -2) for name, value in inputs.items()}
 
 
-def _add_content_lambdas(add: Any, prefix: str, trace: LambdaTrace) -> None:
-    contents = [layer.content.flatten(1) for layer in trace.layers]
-    for i, content in enumerate(contents):
-        add(f"{prefix}content lambda {i}", content)
-    add(f"{prefix}content lambda, all layers", torch.cat(contents, 1))
+def _add_by_layer(
+    add: Any, prefix: str, contents: Sequence[torch.Tensor], states: Sequence[torch.Tensor], mask: torch.Tensor
+) -> None:
+    """The rows of content lambdas [B, K, V] by layer, and of hidden states [B, N, D], the first of them the input."""
+    for i, (content, of_layer) in enumerate(zip(contents, states[1:])):
+        add(f"{prefix}mean hidden state {i}", mean_of_tokens(of_layer, mask))
+        add(f"{prefix}content lambda {i}", content.flatten(1))
+    add(f"{prefix}content lambda, all layers", torch.cat([content.flatten(1) for content in contents], 1))
 
 
-def _mean(of_tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mean_of_tokens(of_tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, C], the mean of [B, N, C] over real tokens."""
     return (of_tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
