@@ -54,7 +54,7 @@ class ProbeResult:
         dimension: of the features that the probe sees.
         control_accuracy: on the control task, a random label for each group; None without groups.
         selectivity: accuracy less control accuracy; None without groups.
-        codelength: bits for the labels of train, given the features, by the online code.
+        codelength: bits for the labels of train, given the features, by the online code; of the first seed.
         uniform_codelength: bits without the features.
         correct: [seeds x test examples], 0 or 1.
         clusters: [seeds x test examples], the group that each belongs to.
@@ -121,19 +121,19 @@ def probe(
         _check_splits(np.asarray(splits), classes)
 
     parts = [_parts(members, splits, classes, seed) for seed in range(SEEDS)]
-    found: dict[str, list[Any]] = {name: [] for name in ("correct", "majority", "code", "uniform")}
+    found: dict[str, list[Any]] = {name: [] for name in ("correct", "majority")}
     for seed, (train, dev, test) in enumerate(parts):
         if seed == 0 or splits is None:  # given splits have one train, of which the seeds leave out different parts
             prepared = _prepare(table, train if splits is None else np.asarray(splits) == "train", dimension)
         if seed == 0:
             strength, dev_bits = _best_strength(prepared[train], classes[train], prepared[dev], classes[dev])
+            codelength = _codelength(prepared[train], classes[train], len(names), strength)
+            uniform_codelength = len(train) * math.log2(len(names))
             whole = prepared
         found["correct"].append(
             _fit(prepared[train], classes[train], strength).predict(prepared[test]) == classes[test]
         )
         found["majority"].append((classes[test] == np.bincount(classes[train]).argmax()).mean())
-        found["code"].append(_codelength(prepared[train], classes[train], len(names), strength))
-        found["uniform"].append(len(train) * math.log2(len(names)))
     correct = torch.from_numpy(np.concatenate(found["correct"])).double()
     clusters = torch.from_numpy(np.concatenate([members[test] for _, _, test in parts]))
     accuracies = [float(of_seed.mean()) for of_seed in found["correct"]]
@@ -149,8 +149,8 @@ def probe(
         dimension=table.shape[1] if dimension is None else min(dimension, table.shape[1]),
         control_accuracy=control,
         selectivity=None if control is None else accuracy - control,
-        codelength=float(np.mean(found["code"])),
-        uniform_codelength=float(np.mean(found["uniform"])),
+        codelength=codelength,
+        uniform_codelength=uniform_codelength,
         correct=correct,
         clusters=clusters,
     )
