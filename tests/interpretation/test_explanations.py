@@ -4,6 +4,7 @@ import pytest
 import torch
 from captum.attr import IntegratedGradients
 
+import lambda_kernels
 import modeling_lambdabert
 from lambdabert.interpretation import (
     explain_prediction,
@@ -62,7 +63,9 @@ def test_adds_up_with_every_activation(make_model, masked, hidden_act):
     check_sums(model, masked(model), 2, 7)
 
 
-def test_adds_up_with_every_setting(make_model, masked, settings):
+@pytest.mark.parametrize("tile", [256, 4])
+def test_adds_up_with_every_setting(make_model, masked, settings, tile, monkeypatch):
+    monkeypatch.setattr(lambda_kernels, "TILE", tile)
     model = make_model(**settings)
     check_sums(model, masked(model), 2, 7)
 
