@@ -36,7 +36,7 @@ from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import ProbeResult, Task, difference, is_encoded, probe_rows, read_task, task_features
 from lambdabert.interpretation.features import RANDOM_MODELS
 from lambdabert.interpretation.loading import LoadedModel
-from lambdabert.interpretation.tasks import equal_dimension, summary
+from lambdabert.interpretation.tasks import NO_TARGET, equal_dimension, summary
 
 MOST = {"train": 600, "dev": 150, "test": 400}  # examples of a task
 FAMILIES = (
@@ -67,7 +67,7 @@ def sample_task(file: Path, seed: int) -> Task:
         of_split = [i for i, row in enumerate(rows) if row["split"] == split]
         kept += random.Random(seed).sample(of_split, min(most, len(of_split)))
     targets = Counter(rows[i]["target"] for i in kept)
-    single = [i for i in kept if targets[rows[i]["target"]] == 1]
+    single = [i for i in kept if targets[rows[i]["target"]] == 1 and NO_TARGET not in targets]
     if len(single) == 1:
         kept.remove(single[0])
     with tempfile.TemporaryDirectory() as folder:

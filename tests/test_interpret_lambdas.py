@@ -17,6 +17,7 @@ from lambdabert.interpretation import (
     chance,
     explain_prediction,
     neighbours,
+    read_task,
     replace_lambdas,
     swap_effects,
     token_shares,
@@ -264,6 +265,21 @@ class TestProbe:
         # nothing is above what the words say
         assert {row["full"]["encoded"] for row in rows} == {False, None}
         assert all(name in out for name in expected)
+
+
+class TestTasks:
+    def test_rare_targets_share_names_by_twos(self, tmp_path):
+        targets = ["fox", "dog", "fox", "bird", "tree", "day", "night"]
+        write_task(tmp_path / "a.tsv", [("train", str(i % 2), "the fox", name) for i, name in enumerate(targets)])
+        groups = read_task(tmp_path / "a.tsv").groups
+        assert groups[0] == groups[2] == "fox"
+        assert sorted(map(groups.count, set(groups))) == [2, 2, 3]
+
+    def test_where_a_target_is_missing_there_are_no_groups(self, tmp_path):
+        write_task(tmp_path / "a.tsv", [("train", "a", "the fox", "fox"), ("train", "b", "the fox", "_")])
+        assert read_task(tmp_path / "a.tsv").groups is None
+        write_task(tmp_path / "b.tsv", [("train", "a", "x"), ("train", "b", "y")], "split\tlabel\ttext")
+        assert read_task(tmp_path / "b.tsv").groups is None
 
 
 class TestFaithfulness:

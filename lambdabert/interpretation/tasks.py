@@ -16,7 +16,6 @@ from .probes import SPLITS, ProbeResult, is_encoded, probe
 
 COLUMNS = ("split", "label", "text")
 NO_TARGET = "_"
-RARE = "(rare)"
 
 
 @dataclass
@@ -26,8 +25,8 @@ class Task:
     Attributes:
         name: of the file.
         texts, labels, splits: [S] each.
-        groups: [S], the word that decides a label, for control tasks; words that decide a single one share a name.
-            None = unknown.
+        groups: [S], the word that decides a label, for control tasks and intervals; words that decide a single one
+            share a name by twos. None = unknown, of one example or of all.
     """
 
     name: str
@@ -64,19 +63,21 @@ def read_task(file: str | Path) -> Task:
     if len(classes := set(columns["label"])) < 2:
         raise ValueError(f"task={file}: all labels are {classes.pop()!r}, and there is nothing to tell apart.")
     targets = columns.get("target", [])
-    groups = None if set(targets) <= {NO_TARGET} else _with_common_name(targets)
-    if groups is not None and groups.count(RARE) == 1:
-        raise ValueError(
-            f"task={file}: target={targets[groups.index(RARE)]!r} is a group with a single member, and the only "
-            "one, so that it cannot share a name with others: leave that example out."
-        )
+    groups = None if not targets or NO_TARGET in targets else _with_common_names(targets, f"task={file}")
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
 
 
-def _with_common_name(targets: list[str]) -> list[str]:
-    """Targets, those of a single example under one name."""
+def _with_common_names(targets: list[str], name: str) -> list[str]:
+    """Targets, those of a single example under one name for two of them, or three where their number is odd."""
     counts = Counter(targets)
-    return [target if counts[target] > 1 else RARE for target in targets]
+    single = [target for target, count in counts.items() if count == 1]
+    if len(single) == 1:
+        raise ValueError(
+            f"{name}: target={single[0]!r} is a group with a single member, and the only one, so that it cannot share "
+            "a name with another: leave that example out."
+        )
+    pairs = {target: f"{single[min(i // 2, len(single) // 2 - 1) * 2]} and another" for i, target in enumerate(single)}
+    return [pairs.get(target, target) for target in targets]
 
 
 def task_features(loaded: LoadedModel, task: Task) -> dict[str, torch.Tensor]:
