@@ -3,7 +3,7 @@
     python -m benchmarks.probing probing/sentence/*.tsv --model checkpoints/wikipedia-small --output probes.json
     python -m benchmarks.probing probing/sentence/*.tsv --model STUDENT --bert TEACHER --output probes.json
 
-Tasks are files for `interpret_lambdas.py probe`, of which as many examples of each split are drawn as `MOST` says, the
+Tasks are files for `interpret_lambdas.py probe`, of which at most `--examples` of train, dev and test are drawn, the
 same for every row. With `--bert`, of which the model is the conversion, its attention weights
 (attention_features.py) and hidden states are rows as well, and all rows are probed at equal dimension only.
 
@@ -36,9 +36,10 @@ from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import ProbeResult, Task, difference, is_encoded, probe_rows, read_task, task_features
 from lambdabert.interpretation.features import RANDOM_MODELS
 from lambdabert.interpretation.loading import LoadedModel
+from lambdabert.interpretation.probes import SPLITS
 from lambdabert.interpretation.tasks import NO_TARGET, equal_dimension, summary
 
-MOST = {"train": 600, "dev": 150, "test": 400}  # examples of a task
+MOST = (600, 150, 400)  # examples of train, dev and test
 FAMILIES = (
     "content lambda",
     "random-key content lambda",
@@ -57,15 +58,15 @@ COMPARED = (
 COLUMNS = 4  # panels beside each other in the figure
 
 
-def sample_task(file: Path, seed: int) -> Task:
-    """A task of at most `MOST` examples, drawn at random, without the one whose target alone has no second example."""
+def sample_task(file: Path, most: Mapping[str, int], seed: int) -> Task:
+    """A task of at most so many examples of each split, drawn at random, without the one whose target alone has no second example."""
     header, *lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     columns = header.split("\t")
     rows = [dict(zip(columns, line.split("\t"))) for line in lines]
     kept: list[int] = []
-    for split, most in MOST.items():
+    for split, count in most.items():
         of_split = [i for i, row in enumerate(rows) if row["split"] == split]
-        kept += random.Random(seed).sample(of_split, min(most, len(of_split)))
+        kept += random.Random(seed).sample(of_split, min(count, len(of_split)))
     targets = Counter(rows[i]["target"] for i in kept)
     single = [i for i in kept if targets[rows[i]["target"]] == 1 and NO_TARGET not in targets]
     if len(single) == 1:
@@ -133,7 +134,7 @@ def measure(task: Task, loaded: LoadedModel, bert: BertModel | None) -> dict[str
         full = probe_rows(task, wide)
         for name in wide:
             rows[name]["full"] = summary(name, full)
-    counts = {split: task.splits.count(split) for split in MOST}
+    counts = {split: task.splits.count(split) for split in SPLITS}
     return {"classes": len(set(task.labels)), "examples": counts, "rows": rows, **compare(small)}
 
 
@@ -191,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("tasks", type=Path, nargs="+", help="task files")
     parser.add_argument("--model", required=True, help="folder of a LambdaBERT with its tokenizer")
     parser.add_argument("--bert", help="folder of the BERT that it is the conversion of")
+    parser.add_argument("--examples", type=int, nargs=3, default=MOST, help="most examples of train, dev and test")
     parser.add_argument("--seed", type=int, default=0, help="of the examples drawn")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     options = parser.parse_args(argv)
@@ -199,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         bert = None
         if options.bert is not None:
             bert = BertModel.from_pretrained(options.bert, attn_implementation="eager", dtype=torch.float32).eval()
-        sampled = {file.stem: sample_task(file, options.seed) for file in options.tasks}
-    arguments = {"model": options.model, "bert": options.bert, "seed": options.seed, "most": MOST}
+        most = dict(zip(SPLITS, options.examples))
+        sampled = {file.stem: sample_task(file, most, options.seed) for file in options.tasks}
+    arguments = {"model": options.model, "bert": options.bert, "seed": options.seed, "most": most}
     record: dict[str, Any] = {"arguments": arguments, "tasks": {}}
     if options.output.exists():
         record = json.loads(options.output.read_text(encoding="utf-8"))

@@ -96,9 +96,8 @@ def task_file(tmp_path):
 
 
 class TestProbing:
-    def test_a_sample_has_no_target_alone(self, task_file, monkeypatch):
-        monkeypatch.setattr(probing, "MOST", {"train": 49, "dev": 8, "test": 8})
-        task = probing.sample_task(task_file, seed=0)
+    def test_a_sample_has_no_target_alone(self, task_file):
+        task = probing.sample_task(task_file, {"train": 49, "dev": 8, "test": 8}, seed=0)
         assert len(task.texts) == 48 + 8 + 8 and set(task.groups) == set(NOUNS)
 
     def test_a_layer_is_picked_on_dev(self):
