@@ -59,7 +59,10 @@ COLUMNS = 4  # panels beside each other in the figure
 
 
 def sample_task(file: Path, most: Mapping[str, int], seed: int) -> Task:
-    """A task of at most so many examples of each split, drawn at random, without the one whose target alone has no second example."""
+    """A task of at most so many examples of each split, drawn at random.
+
+    Where a single target has no second example, which could share its name with no other, it is left out.
+    """
     header, *lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     columns = header.split("\t")
     rows = [dict(zip(columns, line.split("\t"))) for line in lines]
