@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keys = [one.summary(loaded.tokenizer) for one in channels]
     tokens = {kind: int(count) for kind, count in zip(kinds, channels[0].of_kind)}
     record = {
-        "arguments": {name: str(value) for name, value in vars(options).items()},
+        "arguments": {name: str(value) for name, value in vars(options).items() if name != "output"},
         "sentences": len(sentences),
         "tokens": tokens,
         "layers": [found | one.summary() for found, one in zip(keys, positions)],

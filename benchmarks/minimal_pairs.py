@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {"all": summarise(right, torch.ones(len(pairs), dtype=torch.bool), groups)}
     for term in sorted({pair["term"] for pair in pairs}):
         results[term] = summarise(right, torch.tensor([pair["term"] == term for pair in pairs]), None)
-    arguments = {name: str(value) for name, value in vars(options).items()}
+    arguments = {name: str(value) for name, value in vars(options).items() if name != "output"}
     write_json(options.output, {"arguments": arguments, "phenomena": results, "environment": taken_with})
     for name, found in results.items():
         shown = "  ".join(f"{condition} {found[condition]['accuracy']:.3f}" for condition in CONDITIONS)

@@ -168,11 +168,11 @@ def draw(tasks: Mapping[str, Any], file: Path) -> None:
                 panel.plot(means, color=f"C{number}", linestyle=":", label=f"{family}, random weights")
         panel.set_title(name, fontsize=9)
         panel.set_xticks(range(layers))
+        panel.set_xlabel("layer", fontsize=7, labelpad=0)
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
     for panel in panels[len(tasks) :]:
         panel.axis("off")
-    figure.supxlabel("layer", fontsize=9)
     figure.supylabel("accuracy on test, 95 % interval", fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
