@@ -188,6 +188,18 @@ def show(tasks: Mapping[str, Any]) -> None:
         print(f"{name}: " + "; ".join(shown), flush=True)
 
 
+def recorded(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The record that a run goes on with.
+
+    Raises:
+        ValueError: it is none of the same arguments.
+    """
+    record = json.loads(output.read_text(encoding="utf-8"))
+    if record.get("arguments") != arguments:
+        raise ValueError(f"output={output} has the arguments {record.get('arguments')}; name another file.")
+    return record
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.probing", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
@@ -209,7 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = {"model": options.model, "bert": options.bert, "seed": options.seed, "most": most}
     record: dict[str, Any] = {"arguments": arguments, "tasks": {}}
     if options.output.exists():
-        record = json.loads(options.output.read_text(encoding="utf-8"))
+        with one_line_errors():
+            record = recorded(options.output, arguments)
     record["environment"] = environment("scikit-learn")
     for name, task in sampled.items():
         if name not in record["tasks"]:

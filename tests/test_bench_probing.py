@@ -131,6 +131,11 @@ class TestProbing:
         gap = found["differences"]["content lambda - bag of words"]["difference"]
         assert gap == pytest.approx(found["families"]["content lambda"]["accuracy"] - words)
         assert output.with_suffix(".png").exists() and "content lambda" in capsys.readouterr().out
+        before = output.read_bytes()
+        assert probing.main([*arguments, "--output", str(output)]) == 0 and capsys.readouterr().out == ""
+        with pytest.raises(SystemExit, match=r"error: output=.*found.json has the arguments .*name another file"):
+            probing.main([*arguments, "--seed", "1", "--output", str(output)])
+        assert json.loads(output.read_bytes())["tasks"] == json.loads(before)["tasks"]
 
 
 class TestMinimalPairs:
