@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import BertModel
+from transformers import AutoModel, BertModel
 
 from lambdabert.interpretation.features import RANDOM_MODELS, mean_of_tokens
 
@@ -92,7 +92,7 @@ def bert_rows(bert: BertModel, batches: Sequence[Any]) -> dict[str, torch.Tensor
     return {name: torch.cat(found) for name, found in rows.items()}
 
 
-def _random_bert(bert: BertModel, seed: int) -> BertModel:
+def _random_bert(bert: BertModel, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertModel._from_config(bert.config, attn_implementation="eager").eval()
+        return AutoModel.from_config(bert.config, attn_implementation="eager").eval()
