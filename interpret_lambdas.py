@@ -27,13 +27,13 @@ from lambdabert.interpretation import (
     Explanation,
     chance,
     faithfulness,
-    feature_rows,
     masked_examples,
     neighbours,
     probe_task,
     read_task,
     save_html,
     swap_effects,
+    task_features,
     topic_features,
     trace_lambdas,
 )
@@ -80,10 +80,14 @@ def build_parser() -> Parser:
     command = add("map", run_map, "A text's maps, as a page and figures.", (".html", *FIGURES))
     command.add_argument("text", nargs="*", help="The text, in quotes; with one [MASK], its prediction is explained.")
     command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
-    what = "What a masked or classified text's prediction is owed to."
+    what = "What the prediction of a masked word, a class, a label or an answer is owed to."
     command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
-    command.add_argument("text", nargs="*", help="The text, in quotes, with one [MASK] unless the model classifies.")
-    command.add_argument("--target", help="The token or class that is explained; the likeliest if not given.")
+    what = "The text, in quotes, with one [MASK] unless the model classifies; for answers, the question and the text."
+    command.add_argument("text", nargs="*", help=what)
+    what = "The token or class that is explained, the likeliest if not given; for answers, start (as given) or end."
+    command.add_argument("--target", help=what)
+    what = "Number of the token whose label is explained; for answers, of the start or end, the likeliest if not given."
+    command.add_argument("--place", type=int, help=what)
     command = add("swap", run_swap, "What changes in two texts when they exchange their λc.", (".json",))
     command.add_argument("texts", nargs="*", metavar="text", help="Two texts, each in quotes.")
     command = add("topics", run_topics, "Which texts are alike: nearest neighbours by λc.", (".json",))
@@ -202,11 +206,15 @@ def run_map(args: argparse.Namespace) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> None:
-    check_count(args.text, 1, "explain")
     loaded = LoadedModel(args.model)
-    inputs = loaded.encode(args.text)
+    if loaded.answers_questions:
+        check_count(args.text, 2, "explain of an answer")
+        inputs = loaded.encode_question(*args.text)
+    else:
+        check_count(args.text, 1, "explain")
+        inputs = loaded.encode(args.text)
     trace = trace_lambdas(loaded.model, inputs)
-    prediction = loaded.explain(inputs, trace, args.target)
+    prediction = loaded.explain(inputs, trace, args.target, args.place)
     tokens = loaded.tokens(inputs)
     ways = prediction.ways()
     print(prediction.of)
@@ -288,7 +296,7 @@ def run_probe(args: argparse.Namespace) -> None:
     loaded = LoadedModel(args.model)
     results = {}
     for task in tasks:
-        rows = probe_task(task, feature_rows(loaded.model, loaded.batches(task.texts, f"task={task.name}, text")))
+        rows = probe_task(task, task_features(loaded, task))
         results[task.name] = rows
         print(task.name)
         print_table(

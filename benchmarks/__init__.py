@@ -2,12 +2,13 @@
 
 README.md lists the commands, their recipes and every recorded result. What several of them share:
 
-    environment     the machine and the versions that a number was taken with
-    correctness     nothing is timed or trained unless the tests of that code pass
-    runs            recipes, and folders of finished runs that are not run again
-    report          tables, JSON records and curves
-    encoders        the models whose speed is compared
-    calls           one timed call of such a model, and its peak memory
-    peers           other encoders, to be trained beside LambdaBERT
-    lambda_variants changes of a model that are not settings of the library
+    environment        the machine and the versions that a number was taken with
+    correctness        nothing is timed or trained unless the tests of that code pass
+    runs               recipes, and folders of finished runs that are not run again
+    report             tables, JSON records and curves
+    encoders           the models whose speed is compared
+    calls              one timed call of such a model, and its peak memory
+    attention_features what a probe is given of a BERT's attention weights
+    peers              other encoders, to be trained beside LambdaBERT
+    lambda_variants    changes of a model that are not settings of the library
 """

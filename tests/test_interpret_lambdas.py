@@ -17,6 +17,7 @@ from lambdabert.interpretation import (
     chance,
     explain_prediction,
     neighbours,
+    read_task,
     replace_lambdas,
     swap_effects,
     token_shares,
@@ -32,6 +33,15 @@ SENTENCES = [
     "the tree is green and the bird is red",
 ]
 
+KINDS = [
+    "Model",
+    "ForMaskedLM",
+    "ForPreTrainingSOP",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+]
+
 
 @pytest.fixture(scope="module")
 def folders(text, tmp_path_factory):
@@ -41,7 +51,7 @@ def folders(text, tmp_path_factory):
     fields = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 32, "max_position_embeddings": 40}
     fields |= {"vocab_size": len(tokenizer), "num_lambda_queries": 2, "key_depth": 3}
     labels = {0: "red", 1: "green", 2: "blue"}
-    for kind in ("Model", "ForMaskedLM", "ForPreTrainingSOP", "ForSequenceClassification", "ForTokenClassification"):
+    for kind in KINDS:
         torch.manual_seed(0)
         config = modeling_lambdabert.LambdaBertModel.config_class(**fields, id2label=labels)
         model = getattr(modeling_lambdabert, "LambdaBert" + kind)(config)
@@ -118,6 +128,34 @@ class TestExplain:
         logits = model(**tokenizer(SENTENCES[0], return_tensors="pt")).logits[0]
         assert found["explanation"]["logit"] == pytest.approx(logits[2].item(), abs=1e-5)
         assert {row["name"] for row in found["likeliest"]} == {"red", "green", "blue"}
+
+    def test_label_of_a_token(self, interpret, folders, tmp_path):
+        kind = "ForTokenClassification"
+        assert interpret("explain", SENTENCES[0], "--place", "2", "--output", "a.json", "a.html", kind=kind)[0] == 0
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        model, tokenizer = load(folders, kind)
+        inputs = tokenizer(SENTENCES[0], return_tensors="pt")
+        logits = model(**inputs).logits[0, 2]
+        label = int(logits.argmax())
+        assert found["prediction"].startswith(f"“{['red', 'green', 'blue'][label]}” as the label of fox (2)")
+        expected = explain_prediction(model, inputs, 2, label, tokenizer.mask_token_id)
+        assert found["explanation"]["logit"] == pytest.approx(logits.max().item(), abs=1e-5)
+        assert found["explanation"]["tokens"] == pytest.approx(expected.tokens[0].tolist(), abs=1e-5)
+
+    @pytest.mark.parametrize("end", ["start", "end"])
+    def test_answer(self, interpret, folders, tmp_path, end):
+        kind, question = "ForQuestionAnswering", ("the fox sees", SENTENCES[1])
+        status, out, _ = interpret("explain", *question, "--target", end, "--output", "a.json", "a.svg", kind=kind)
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        model, tokenizer = load(folders, kind)
+        inputs = tokenizer(*question, return_tensors="pt")
+        logits = model(**inputs)[f"{end}_logits"][0]
+        place = int(logits.argmax())
+        assert status == 0 and f"({place}) as the {end} of the answer" in out
+        expected = explain_prediction(model, inputs, place, end, tokenizer.mask_token_id)
+        assert found["explanation"]["logit"] == pytest.approx(logits.max().item(), abs=1e-5)
+        assert found["explanation"]["tokens"] == pytest.approx(expected.tokens[0].tolist(), abs=1e-5)
+        assert interpret("explain", *question, "--target", end, "--place", "3", kind=kind)[1].startswith("“")
 
     def test_json_says_model_versions_and_arguments(self, interpret, folders, tmp_path):
         interpret("explain", "the [MASK] dog", "--output", "a.json")
@@ -217,7 +255,8 @@ class TestProbe:
         expected = {"majority", "length", "bag of words", "mean embedding", "content lambda, all layers"}
         expected |= {f"{name} {i}" for name in ("mean hidden state", "mean value", "content lambda") for i in range(2)}
         expected |= {f"random-key content lambda {i}" for i in range(2)}
-        random = {f"random model {j}, content lambda {of}" for j in range(3) for of in (0, 1)}
+        kinds = ("content lambda", "mean hidden state")
+        random = {f"random model {j}, {kind} {of}" for j in range(3) for kind in kinds for of in (0, 1)}
         random |= {f"random model {j}, content lambda, all layers" for j in range(3)}
         assert set(by_name) == expected | random
         assert by_name["majority"]["full"]["accuracy"] == 0.5 and by_name["bag of words"]["full"]["accuracy"] == 1
@@ -226,6 +265,21 @@ class TestProbe:
         # nothing is above what the words say
         assert {row["full"]["encoded"] for row in rows} == {False, None}
         assert all(name in out for name in expected)
+
+
+class TestTasks:
+    def test_rare_targets_share_names_by_twos(self, tmp_path):
+        targets = ["fox", "dog", "fox", "bird", "tree", "day", "night"]
+        write_task(tmp_path / "a.tsv", [("train", str(i % 2), "the fox", name) for i, name in enumerate(targets)])
+        groups = read_task(tmp_path / "a.tsv").groups
+        assert groups[0] == groups[2] == "fox"
+        assert sorted(map(groups.count, set(groups))) == [2, 2, 3]
+
+    def test_where_a_target_is_missing_there_are_no_groups(self, tmp_path):
+        write_task(tmp_path / "a.tsv", [("train", "a", "the fox", "fox"), ("train", "b", "the fox", "_")])
+        assert read_task(tmp_path / "a.tsv").groups is None
+        write_task(tmp_path / "b.tsv", [("train", "a", "x"), ("train", "b", "y")], "split\tlabel\ttext")
+        assert read_task(tmp_path / "b.tsv").groups is None
 
 
 class TestFaithfulness:
@@ -303,6 +357,33 @@ class TestRefusals:
         arguments = ("explain", "the fox", "--target", "black")
         assert "give one of red, green, blue" in interpret(*arguments, kind="ForSequenceClassification")[2]
         assert not (tmp_path / "b.html").exists()
+
+    @pytest.mark.parametrize(
+        "kind, arguments, message",
+        [
+            ("ForTokenClassification", ("the fox",), r"place is missing.*0 \[CLS\], 1 the, 2 fox, 3 \[SEP\]; give"),
+            (
+                "ForTokenClassification",
+                ("the fox", "--place", "4"),
+                r"place=4: the text has the tokens 0 \[CLS\], 1 the",
+            ),
+            ("ForTokenClassification", ("the fox", "--place", "1", "--target", "black"), "target=black is no class"),
+            ("ForMaskedLM", ("the [MASK]", "--place", "1"), r"place=1 has no effect.*leave it out"),
+            ("ForSequenceClassification", ("the fox", "--place", "1"), "place=1 has no effect"),
+            ("ForQuestionAnswering", ("the fox",), "text: 1 given, and explain of an answer takes two"),
+            (
+                "ForQuestionAnswering",
+                ("the fox", "a dog", "--target", "middle"),
+                "target=middle: an answer has a start",
+            ),
+            ("ForQuestionAnswering", ("the fox", " "), "text=' ' holds no word"),
+            ("ForQuestionAnswering", ("the fox", "a dog " * 9), "question and text=.*has 4. tokens.*shorten it"),
+        ],
+    )
+    def test_explained_places(self, interpret, kind, arguments, message):
+        status, _, errors = interpret("explain", *arguments, kind=kind)
+        assert status == 1 and len(errors.splitlines()) == 1
+        assert re.match("error: .*" + message, errors), errors
 
     @staticmethod
     def texts(folder):

@@ -16,7 +16,7 @@ from .maps import TokenShares, attention, token_shares
 from .page import ExplainedPrediction, save_html
 from .probes import ProbeResult, difference, is_encoded, probe
 from .swaps import SwapEffect, swap_effects
-from .tasks import Task, probe_task, read_task
+from .tasks import Task, probe_rows, probe_task, read_task, task_features
 from .topics import Neighbours, chance, neighbours, topic_features
 from .traces import LambdaTrace, LayerTrace, trace_lambdas
 
@@ -49,12 +49,14 @@ __all__ = [
     "masked_examples",
     "neighbours",
     "probe",
+    "probe_rows",
     "probe_task",
     "read_task",
     "replace_lambdas",
     "save_figure",
     "save_html",
     "swap_effects",
+    "task_features",
     "token_shares",
     "topic_features",
     "trace_lambdas",

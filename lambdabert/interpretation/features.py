@@ -1,6 +1,6 @@
 """What a probe is given of each text: content lambdas, and the simpler rows that they must beat."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .models import lambda_layers, model_inputs, project_keys
-from .traces import LambdaTrace, trace_lambdas
+from .traces import trace_lambdas
 
 RANDOM_MODELS = 3
 
@@ -18,13 +18,7 @@ RANDOM_MODELS = 3
 def feature_rows(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Features [S, F] of the S texts of all batches, by the row's name.
-
-    Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding", and for each
-    layer i "mean hidden state i" (its output), "mean value i", "content lambda i" and "random-key content lambda i", in
-    which only the keys are random; "content lambda, all layers". Of three models with random weights and
-    the same config, but without a gain: "random model j, content lambda i" and "random model j, content lambda, all
-    layers". Means are over real tokens; layers and models count from 0.
+    """Features [S, F] of the S texts of all batches, by the row's name: those of `model_rows` and of `random_rows`.
 
     Args:
         model: a LambdaBERT of any class, in evaluation mode.
@@ -34,51 +28,91 @@ def feature_rows(
     Raises:
         ValueError: no batch; as in `trace_lambdas`.
     """
+    batches = list(batches)
+    return model_rows(model, batches, seed) | random_rows(model, batches, seed)
+
+
+def model_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of the texts and of a model.
+
+    Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding", and for each
+    layer i "mean hidden state i" (its output), "mean value i", "content lambda i" and "random-key content lambda i", in
+    which only the keys are random; "content lambda, all layers". Means are over real tokens; layers count from 0.
+
+    Args, raises: as in `feature_rows`.
+    """
     learned = lambda_layers(model)
     encoder: Any = model.base_model  # heads have no part in it
-    batches = [_in_rows(model_inputs(encoder, inputs)) for inputs in batches]
-    if not batches:
-        raise ValueError("batches=[]: there is no text to take features of; give one or more.")
-    rows: dict[str, list[torch.Tensor]] = {}
-
-    def add(name: str, features: torch.Tensor) -> None:
-        rows.setdefault(name, []).append(features.float().cpu())
-
+    add = _Rows()
     key_weights = _random_keys(learned, seed)
-    for inputs in tqdm(batches, unit="batch", desc="features"):
+    for inputs in tqdm(_in_rows(encoder, batches), unit="batch", desc="features"):
         trace = trace_lambdas(encoder, inputs)
         mask = trace.token_mask
         add("majority", torch.zeros(len(mask), 1))
         add("length", mask.sum(1, keepdim=True))
         words = torch.zeros(len(mask), encoder.config.vocab_size, device=mask.device)
         add("bag of words", words.scatter_add_(1, inputs["input_ids"], mask.float()))
-        add("mean embedding", _mean(trace.outputs.hidden_states[0], mask))
+        add("mean embedding", mean_of_tokens(trace.outputs.hidden_states[0], mask))
         for i, layer in enumerate(trace.layers):
-            add(f"mean hidden state {i}", _mean(trace.outputs.hidden_states[i + 1], mask))
-            add(f"mean value {i}", _mean(layer.values.flatten(2), mask))
+            add(f"mean value {i}", mean_of_tokens(layer.values.flatten(2), mask))
             keys = project_keys(learned[i], layer.hidden_states @ key_weights[i].T, mask)
             content = einsum(keys, layer.values, layer.content_gain, "b m k u, b m v u, k -> b k v")
             add(f"random-key content lambda {i}", content.flatten(1))
-        _add_content_lambdas(add, "", trace)
+        add.by_layer("", [layer.content for layer in trace.layers], trace.outputs.hidden_states, mask)
+    return add.found()
+
+
+@torch.no_grad()
+def random_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of three models with random weights and the same config, but without a gain.
+
+    "random model j, mean hidden state i", "random model j, content lambda i" and "random model j, content lambda, all
+    layers"; layers and models count from 0.
+
+    Args, raises: as in `feature_rows`.
+    """
+    encoder: Any = model.base_model
+    add = _Rows()
+    rows = _in_rows(encoder, batches)
     for number, other in enumerate(_random_models(encoder, seed)):
-        for inputs in tqdm(batches, unit="batch", desc=f"random model {number}"):
-            _add_content_lambdas(add, f"random model {number}, ", trace_lambdas(other, inputs))
-    return {name: torch.cat(found) for name, found in rows.items()}
+        for inputs in tqdm(rows, unit="batch", desc=f"random model {number}"):
+            outputs: Any = other(**inputs, output_lambda_params=True, output_hidden_states=True)
+            mask = inputs["attention_mask"].bool()
+            add.by_layer(f"random model {number}, ", outputs.lambda_params, outputs.hidden_states, mask)
+    return add.found()
 
 
-def _in_rows(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+class _Rows:
+    """Gathers the features of batches, by the row's name."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[torch.Tensor]] = {}
+
+    def __call__(self, name: str, features: torch.Tensor) -> None:
+        self.rows.setdefault(name, []).append(features.float().cpu())
+
+    def by_layer(
+        self, prefix: str, contents: Sequence[torch.Tensor], states: Sequence[torch.Tensor], mask: torch.Tensor
+    ) -> None:
+        """Content lambdas [B, K, V] of each layer and hidden states [B, N, D], the first of them the input."""
+        for i, (content, of_layer) in enumerate(zip(contents, states[1:])):
+            self(f"{prefix}mean hidden state {i}", mean_of_tokens(of_layer, mask))
+            self(f"{prefix}content lambda {i}", content.flatten(1))
+        self(f"{prefix}content lambda, all layers", torch.cat([content.flatten(1) for content in contents], 1))
+
+    def found(self) -> dict[str, torch.Tensor]:
+        return {name: torch.cat(features) for name, features in self.rows.items()}
+
+
+def _in_rows(encoder: Any, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
     """Inputs [..., N], with the choices of a question, as [B, N]."""
-    return {name: value.flatten(0, -2) for name, value in inputs.items()}
+    if not batches:
+        raise ValueError("batches=[]: there is no text to take features of; give one or more.")
+    named = [model_inputs(encoder, inputs) for inputs in batches]
+    return [{name: value.flatten(0, -2) for name, value in inputs.items()} for inputs in named]
 
 
-def _add_content_lambdas(add: Any, prefix: str, trace: LambdaTrace) -> None:
-    contents = [layer.content.flatten(1) for layer in trace.layers]
-    for i, content in enumerate(contents):
-        add(f"{prefix}content lambda {i}", content)
-    add(f"{prefix}content lambda, all layers", torch.cat(contents, 1))
-
-
-def _mean(of_tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mean_of_tokens(of_tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, C], the mean of [B, N, C] over real tokens."""
     return (of_tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 

@@ -1,6 +1,7 @@
 """A saved model with its tokenizer, texts for it, and the prediction that a text asks for."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,25 @@ CLASSIFIERS = (
     modeling_lambdabert.LambdaBertForSequenceClassification,
     modeling_lambdabert.LambdaBertForNextSentencePrediction,
 )
+
+
+@dataclass
+class _Question:
+    """What is explained: a token's place, an index among logits, both in words, its probability and the likeliest."""
+
+    place: int | None
+    token: int | str
+    what: str
+    probability: float
+    likeliest: list[tuple[str, float]]
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "…"
+
+
+def _numbered(tokens: Sequence[str]) -> str:
+    return ", ".join(f"{place} {token}" for place, token in enumerate(tokens))
 
 
 class LoadedModel:
@@ -72,18 +92,33 @@ class LoadedModel:
         Raises:
             ValueError: an empty text, or one above the model's limit.
         """
-        limit = self.limit
+        empty = len(self.tokenizer("")["input_ids"])
         for text in texts:
-            shown = text if len(text) <= 40 else text[:40] + "…"
             length = len(self.tokenizer(text)["input_ids"])
-            if length <= len(self.tokenizer("")["input_ids"]):
-                raise ValueError(f"{what}={shown!r} holds no word; give some.")
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"{what}={shown!r} has {length} tokens, and the model takes max_position_embeddings={limit}; "
-                    "shorten it."
-                )
+            if length <= empty:
+                raise ValueError(f"{what}={_shown(text)!r} holds no word; give some.")
+            self._check_length(length, text, what)
         return self.tokenizer(list(texts), return_tensors="pt", padding=True)
+
+    def encode_question(self, question: str, text: str) -> Any:
+        """What the tokenizer returns for a question about a text, one row.
+
+        Raises:
+            ValueError: one of them is empty, or both are above the model's limit together.
+        """
+        for one, what in ((question, "question"), (text, "text")):
+            self.encode([one], what)
+        inputs = self.tokenizer(question, text, return_tensors="pt")
+        self._check_length(inputs["input_ids"].shape[1], text, "question and text")
+        return inputs
+
+    def _check_length(self, length: int, text: str, what: str) -> None:
+        limit = self.limit
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{what}={_shown(text)!r} has {length} tokens, and the model takes max_position_embeddings={limit}; "
+                "shorten it."
+            )
 
     def batches(self, texts: Sequence[str], what: str) -> list[Any]:
         """Texts in batches; arguments and errors of `encode`."""
@@ -104,6 +139,14 @@ class LoadedModel:
         return hasattr(self.model, "cls") and hasattr(self.model.cls, "predictions")
 
     @property
+    def labels_tokens(self) -> bool:
+        return isinstance(self.model, modeling_lambdabert.LambdaBertForTokenClassification)
+
+    @property
+    def answers_questions(self) -> bool:
+        return isinstance(self.model, modeling_lambdabert.LambdaBertForQuestionAnswering)
+
+    @property
     def predicts_classes(self) -> bool:
         return isinstance(self.model, CLASSIFIERS) and len(self._classes()) > 1
 
@@ -114,23 +157,56 @@ class LoadedModel:
         return self.predicts_classes and self.tokenizer.mask_token_id is not None
 
     def explain(
-        self, inputs: Any, trace: LambdaTrace, target: str | None = None, gradients: bool = True
+        self,
+        inputs: Any,
+        trace: LambdaTrace,
+        target: str | None = None,
+        place: int | None = None,
+        gradients: bool = True,
     ) -> ExplainedPrediction:
-        """The explanation of a masked token or of a class.
+        """The explanation of a masked token, a class, a token's label, or where an answer starts or ends.
 
         Args:
-            inputs: of `encode`, one text.
+            inputs: of `encode` or `encode_question`, one row.
             trace: of them.
-            target: the token or class whose logit is explained; None = the likeliest.
+            target: the token, class or label whose logit is explained, None = the likeliest; of an answer "start" or
+                "end", None = "start".
+            place: the token whose label is explained; of an answer, where it starts or ends, None = likeliest.
             gradients: whether to add integrated gradients.
 
         Raises:
-            ValueError: a text without [MASK], or with several; an unknown target; a model that predicts neither tokens
-                nor classes; a tokenizer without [MASK].
+            ValueError: a text without [MASK], or with several; an unknown target; a place that is missing, superfluous
+                or out of range; a model that predicts none of these; a tokenizer without [MASK].
         """
         if self.tokenizer.mask_token_id is None:
             raise ValueError(f"model={self.name}: its tokenizer has no [MASK], which explanations compare with.")
-        place = None
+        asked = self._question(inputs, trace.outputs, target, place)
+        arguments = (self.model, inputs, asked.place, asked.token, self.tokenizer.mask_token_id)
+        return ExplainedPrediction(
+            of=f"{asked.what}, with a probability of {asked.probability:.3f}.",
+            explanation=explain_prediction(*arguments),
+            integrated_gradients=integrated_gradients(*arguments) if gradients else None,
+            likeliest=asked.likeliest,
+            place=asked.place,
+        )
+
+    def _question(self, inputs: Any, outputs: Any, target: str | None, place: int | None) -> "_Question":
+        """What of a model's outputs for one row is explained."""
+        tokens = self.tokens(inputs)
+        if place is not None and not 0 <= place < len(tokens):
+            raise ValueError(f"place={place}: the text has the tokens {_numbered(tokens)}; give the number of one.")
+        if self.answers_questions:
+            return self._answer(tokens, outputs, target or "start", place)
+        if self.labels_tokens:
+            if place is None:
+                raise ValueError(
+                    f"place is missing: the model labels each token of {_numbered(tokens)}; give a number."
+                )
+            return self._likeliest(outputs.logits[0, place], target, place, f"the label of {tokens[place]} ({place})")
+        if place is not None:
+            raise ValueError(
+                f"place={place} has no effect: the model predicts [MASK] or the text's class; leave it out."
+            )
         if self.predicts_tokens:
             found = self.masks(inputs)
             if len(found) != 1:
@@ -138,27 +214,42 @@ class LoadedModel:
                     f"text holds {len(found)} {self.tokenizer.mask_token}, and one prediction is explained; put "
                     "exactly one in place of a word."
                 )
-            place = found[0]
-            outputs = trace.outputs
+            (place,) = found
             logits = (outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits)[0, place]
-        elif self.predicts_classes:
-            logits = trace.outputs.logits[0]
-        else:
-            raise ValueError(
-                f"model={self.name} is a {type(self.model).__name__}; explained are masked language models and "
-                "classifiers of texts. `map` shows any model."
-            )
+            return self._likeliest(logits, target, place, f"{self.tokenizer.mask_token} ({place})")
+        if self.predicts_classes:
+            return self._likeliest(outputs.logits[0], target, None, "its class")
+        raise ValueError(
+            f"model={self.name} is a {type(self.model).__name__}; explained are masked language models, classifiers of "
+            "texts and of tokens, and answers to questions. `map` shows any model."
+        )
+
+    def _likeliest(self, logits: torch.Tensor, target: str | None, place: int | None, where: str) -> "_Question":
+        """The target, or the likeliest, of tokens or classes [C]."""
         probabilities = logits.softmax(-1)
         best = probabilities.topk(min(LIKELIEST, len(probabilities)))
         token = int(best.indices[0]) if target is None else self._index(target)
-        arguments = (self.model, inputs, place, token, self.tokenizer.mask_token_id)
-        where = "its class" if place is None else f"{self.tokenizer.mask_token} ({place})"
-        return ExplainedPrediction(
-            of=f"“{self._name(token)}” as {where}, with a probability of {probabilities[token]:.3f}.",
-            explanation=explain_prediction(*arguments),
-            integrated_gradients=integrated_gradients(*arguments) if gradients else None,
-            likeliest=[(self._name(int(i)), float(p)) for i, p in zip(best.indices, best.values)],
-            place=place,
+        return _Question(
+            place,
+            token,
+            f"“{self._name(token)}” as {where}",
+            float(probabilities[token]),
+            [(self._name(int(i)), float(p)) for i, p in zip(best.indices, best.values)],
+        )
+
+    def _answer(self, tokens: Sequence[str], outputs: Any, end: str, place: int | None) -> "_Question":
+        """The start or the end of an answer, at the likeliest token or a given one."""
+        if end not in ("start", "end"):
+            raise ValueError(f"target={end}: an answer has a start and an end; give one of these.")
+        probabilities = outputs[f"{end}_logits"][0].softmax(-1)
+        best = probabilities.topk(min(LIKELIEST, len(probabilities)))
+        chosen = int(best.indices[0]) if place is None else place
+        return _Question(
+            chosen,
+            end,
+            f"“{tokens[chosen]}” ({chosen}) as the {end} of the answer",
+            float(probabilities[chosen]),
+            [(f"{tokens[int(i)]} ({int(i)})", float(p)) for i, p in zip(best.indices, best.values)],
         )
 
     def _name(self, index: int) -> str:

@@ -36,6 +36,7 @@ PORTIONS = (
 )  # of train, Voita & Titov, section 3.2
 UNIFORM = 1e-3  # part of the uniform distribution in a code, which keeps every codelength finite
 ITERATIONS = 500
+EMPTY = 1e-10  # of the largest variance; a component with less is rounding
 SPARSE = 0.05  # part of numbers that are not 0 below which zeros are left out
 
 
@@ -48,11 +49,12 @@ class ProbeResult:
         interval: of the accuracy, 95 %, bootstrap over groups of test examples.
         accuracies: of every seed.
         strength: inverse of the L2 penalty, chosen on dev.
+        dev_bits: for the labels of dev, of the first seed; what a layer may be chosen by.
         majority: accuracy on test of the commonest label of train, mean over seeds.
         dimension: of the features that the probe sees.
         control_accuracy: on the control task, a random label for each group; None without groups.
         selectivity: accuracy less control accuracy; None without groups.
-        codelength: bits for the labels of train, given the features, by the online code.
+        codelength: bits for the labels of train, given the features, by the online code; of the first seed.
         uniform_codelength: bits without the features.
         correct: [seeds x test examples], 0 or 1.
         clusters: [seeds x test examples], the group that each belongs to.
@@ -62,6 +64,7 @@ class ProbeResult:
     interval: tuple[float, float]
     accuracies: list[float]
     strength: float
+    dev_bits: float
     majority: float
     dimension: int
     control_accuracy: float | None
@@ -118,31 +121,36 @@ def probe(
         _check_splits(np.asarray(splits), classes)
 
     parts = [_parts(members, splits, classes, seed) for seed in range(SEEDS)]
-    train, dev, _ = parts[0]
-    strength = _best_strength(table[train], classes[train], table[dev], classes[dev], dimension)
-    found: dict[str, list[Any]] = {name: [] for name in ("correct", "majority", "code", "uniform")}
-    for train, _, test in parts:
-        correct = _fit(table[train], classes[train], strength, dimension).predict(table[test]) == classes[test]
-        found["correct"].append(correct)
+    found: dict[str, list[Any]] = {name: [] for name in ("correct", "majority")}
+    for seed, (train, dev, test) in enumerate(parts):
+        if seed == 0 or splits is None:  # given splits have one train, of which the seeds leave out different parts
+            prepared = _prepare(table, train if splits is None else np.asarray(splits) == "train", dimension)
+        if seed == 0:
+            strength, dev_bits = _best_strength(prepared[train], classes[train], prepared[dev], classes[dev])
+            codelength = _codelength(prepared[train], classes[train], len(names), strength)
+            uniform_codelength = len(train) * math.log2(len(names))
+            whole = prepared
+        found["correct"].append(
+            _fit(prepared[train], classes[train], strength).predict(prepared[test]) == classes[test]
+        )
         found["majority"].append((classes[test] == np.bincount(classes[train]).argmax()).mean())
-        found["code"].append(_codelength(table[train], classes[train], len(names), strength, dimension))
-        found["uniform"].append(len(train) * math.log2(len(names)))
     correct = torch.from_numpy(np.concatenate(found["correct"])).double()
     clusters = torch.from_numpy(np.concatenate([members[test] for _, _, test in parts]))
     accuracies = [float(of_seed.mean()) for of_seed in found["correct"]]
     accuracy = float(np.mean(accuracies))
-    control = _control_accuracy(table, classes, members, dimension) if groups is not None else None
+    control = _control_accuracy(whole, classes, members) if groups is not None else None
     return ProbeResult(
         accuracy=accuracy,
         interval=bootstrap_interval(correct, clusters),
         accuracies=accuracies,
         strength=strength,
+        dev_bits=dev_bits,
         majority=float(np.mean(found["majority"])),
         dimension=table.shape[1] if dimension is None else min(dimension, table.shape[1]),
         control_accuracy=control,
         selectivity=None if control is None else accuracy - control,
-        codelength=float(np.mean(found["code"])),
-        uniform_codelength=float(np.mean(found["uniform"])),
+        codelength=codelength,
+        uniform_codelength=uniform_codelength,
         correct=correct,
         clusters=clusters,
     )
@@ -215,23 +223,58 @@ def _parts(
     return generator.permutation(train), dev, test
 
 
-def _fit(table: Any, classes: np.ndarray, strength: float, dimension: int | None) -> Any:
-    """A standardiser, principal components and a logistic regression, fitted to [S, F] and two classes or more [S]."""
-    from sklearn.decomposition import PCA
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
+    """Features [S, F] standardised by train's, and turned into its principal components where that leaves fewer.
+
+    All components of more features than examples change no probe: its penalty is that of a length, and what no example
+    of train has keeps a weight of 0. What labels are given, and in which order, plays no part.
+
+    Args:
+        table: [S, F]
+        train: bool or indices.
+        dimension: principal components; None = as many as there are.
+    """
     from sklearn.preprocessing import StandardScaler
 
-    is_sparse = not isinstance(table, np.ndarray)
-    # the intercept has no penalty, so that a mean left in changes nothing but the intercept
-    steps = [StandardScaler(with_mean=not is_sparse)]
-    if dimension is not None and dimension < min(table.shape):
-        steps.append(PCA(dimension, svd_solver="arpack" if is_sparse else "auto", random_state=0))
-    steps.append(LogisticRegression(C=strength, max_iter=ITERATIONS))
+    if not isinstance(table, np.ndarray):
+        if dimension is None or dimension >= min(table.shape):
+            # the intercept has no penalty, so that a mean left in changes nothing but the intercept
+            return StandardScaler(with_mean=False).fit(table[train]).transform(table)
+        table = table[:, table[train].count_nonzero(axis=0) > 0].toarray()
+    scaled = StandardScaler().fit(table[train]).transform(table)
+    examples, features = scaled[train].shape
+    components = min(dimension or features, examples, features)
+    return scaled if components == features else scaled @ _principal_axes(scaled[train], components)
+
+
+def _principal_axes(scaled: np.ndarray, components: int) -> np.ndarray:
+    """Directions [F, C] of the largest variance of centred rows [S, F], by the smaller of their two square products."""
+    from scipy.linalg import eigh
+
+    rows = scaled.astype(np.float64)
+    is_wide = rows.shape[1] > rows.shape[0]
+    square = rows @ rows.T if is_wide else rows.T @ rows
+    size = len(square)
+    values, vectors = eigh(square, subset_by_index=(size - components, size - 1))
+    vectors = vectors[:, values > EMPTY * values[-1]]
+    axes = rows.T @ vectors if is_wide else vectors
+    return (axes / np.linalg.norm(axes, axis=0)).astype(scaled.dtype)
+
+
+def _fit(table: Any, classes: np.ndarray, strength: float, start: Any = None) -> Any:
+    """A logistic regression, fitted to [S, F] and two classes or more [S].
+
+    Args:
+        start: a regression of the same classes that is fitted on, which saves most of the steps.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = start or LogisticRegression(max_iter=ITERATIONS, warm_start=True)
+    fitted.set_params(C=strength)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # at weak penalties, the rest would change no prediction
-        return make_pipeline(*steps).fit(table, classes)
+        return fitted.fit(table, classes)
 
 
 def _bits(fitted: Any, table: Any, classes: np.ndarray, count: int) -> float:
@@ -241,16 +284,18 @@ def _bits(fitted: Any, table: Any, classes: np.ndarray, count: int) -> float:
     return float(-np.log2(probabilities[np.arange(len(classes)), classes]).sum())
 
 
-def _best_strength(
-    train: Any, train_classes: np.ndarray, dev: Any, dev_classes: np.ndarray, dimension: int | None
-) -> float:
-    """The strength with the fewest bits for dev; accuracy would not tell a good code from a barely right one."""
+def _best_strength(train: Any, train_classes: np.ndarray, dev: Any, dev_classes: np.ndarray) -> tuple[float, float]:
+    """The strength with the fewest bits for dev, and these; accuracy would not tell a good code from a lucky one."""
     count = max(train_classes.max(), dev_classes.max()) + 1
-    bits = [_bits(_fit(train, train_classes, strength, dimension), dev, dev_classes, count) for strength in STRENGTHS]
-    return STRENGTHS[int(np.argmin(bits))]
+    fitted, bits = None, []
+    for strength in STRENGTHS:
+        fitted = _fit(train, train_classes, strength, fitted)
+        bits.append(_bits(fitted, dev, dev_classes, count))
+    best = int(np.argmin(bits))
+    return STRENGTHS[best], bits[best]
 
 
-def _control_accuracy(table: Any, classes: np.ndarray, members: np.ndarray, dimension: int | None) -> float:
+def _control_accuracy(table: Any, classes: np.ndarray, members: np.ndarray) -> float:
     """Accuracy where each group has a random label, drawn from those of the task; mean over seeds.
 
     The members of a group stand in a random order, of which the second of every five is for test and the third for dev:
@@ -270,18 +315,21 @@ def _control_accuracy(table: Any, classes: np.ndarray, members: np.ndarray, dime
         control = of_groups[members]
         if seed == 0:  # groups of two leave nothing for dev
             chosen_on = dev if len(dev) else train
-            strength = _best_strength(table[train], control[train], table[chosen_on], control[chosen_on], dimension)
-        accuracies.append(_fit(table[train], control[train], strength, dimension).score(table[test], control[test]))
+            strength, _ = _best_strength(table[train], control[train], table[chosen_on], control[chosen_on])
+        accuracies.append(_fit(table[train], control[train], strength).score(table[test], control[test]))
     return float(np.mean(accuracies))
 
 
-def _codelength(table: Any, classes: np.ndarray, count: int, strength: float, dimension: int | None) -> float:
+def _codelength(table: Any, classes: np.ndarray, count: int, strength: float) -> float:
     """Bits for the classes [S], given [S, F]: each portion by a probe of the portions before, the first uniformly."""
     bounds = np.unique([math.ceil(portion * len(classes)) for portion in PORTIONS])
     bits = bounds[0] * math.log2(count)
+    fitted = None
     for known, end in zip(bounds, bounds[1:]):
-        if len(np.unique(classes[:known])) > 1:
-            fitted = _fit(table[:known], classes[:known], strength, dimension)
+        seen = np.unique(classes[:known])
+        if len(seen) > 1:
+            is_same = fitted is not None and np.array_equal(fitted.classes_, seen)
+            fitted = _fit(table[:known], classes[:known], strength, fitted if is_same else None)
             bits += _bits(fitted, table[known:end], classes[known:end], count)
         else:
             bits += (end - known) * math.log2(count)

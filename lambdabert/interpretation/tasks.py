@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .loading import columns_of
+from .features import feature_rows
+from .loading import LoadedModel, columns_of
 from .probes import SPLITS, ProbeResult, is_encoded, probe
 
 COLUMNS = ("split", "label", "text")
 NO_TARGET = "_"
-RARE = "(rare)"
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Task:
     Attributes:
         name: of the file.
         texts, labels, splits: [S] each.
-        groups: [S], the word that decides a label, for control tasks; words that decide a single one share a name.
-            None = unknown.
+        groups: [S], the word that decides a label, for control tasks and intervals; words that decide a single one
+            share a name by twos. None = unknown, of one example or of all.
     """
 
     name: str
@@ -63,19 +63,55 @@ def read_task(file: str | Path) -> Task:
     if len(classes := set(columns["label"])) < 2:
         raise ValueError(f"task={file}: all labels are {classes.pop()!r}, and there is nothing to tell apart.")
     targets = columns.get("target", [])
-    groups = None if set(targets) <= {NO_TARGET} else _with_common_name(targets)
-    if groups is not None and groups.count(RARE) == 1:
-        raise ValueError(
-            f"task={file}: target={targets[groups.index(RARE)]!r} is a group with a single member, and the only "
-            "one, so that it cannot share a name with others: leave that example out."
-        )
+    groups = None if not targets or NO_TARGET in targets else _with_common_names(targets, f"task={file}")
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
 
 
-def _with_common_name(targets: list[str]) -> list[str]:
-    """Targets, those of a single example under one name."""
+def _with_common_names(targets: list[str], name: str) -> list[str]:
+    """Targets, those of a single example under one name for two of them, or three where their number is odd."""
     counts = Counter(targets)
-    return [target if counts[target] > 1 else RARE for target in targets]
+    single = [target for target, count in counts.items() if count == 1]
+    if len(single) == 1:
+        raise ValueError(
+            f"{name}: target={single[0]!r} is a group with a single member, and the only one, so that it cannot share "
+            "a name with another: leave that example out."
+        )
+    pairs = {target: f"{single[min(i // 2, len(single) // 2 - 1) * 2]} and another" for i, target in enumerate(single)}
+    return [pairs.get(target, target) for target in targets]
+
+
+def task_features(loaded: LoadedModel, task: Task) -> dict[str, torch.Tensor]:
+    """`feature_rows` of a task's texts, [S, F] each, computed in the order of their lengths, which saves padding.
+
+    Raises:
+        ValueError: a text above the model's limit.
+    """
+    order = sorted(range(len(task.texts)), key=lambda text: len(task.texts[text]))
+    batches = loaded.batches([task.texts[text] for text in order], f"task={task.name}, text")
+    place = torch.tensor(order).argsort()
+    return {name: rows[place] for name, rows in feature_rows(loaded.model, batches).items()}
+
+
+def equal_dimension(features: Mapping[str, torch.Tensor]) -> int:
+    """The smaller of the dimensions of a hidden state and a content lambda."""
+    return min(rows.shape[1] for name, rows in features.items() if "hidden state" in name or "lambda" in name)
+
+
+def probe_rows(
+    task: Task, features: Mapping[str, torch.Tensor], dimension: int | None = None
+) -> dict[str, ProbeResult]:
+    """Probes of every row of features, by its name.
+
+    Args:
+        task: the labels.
+        features: of the task's texts.
+        dimension: as in `probe`.
+
+    Raises:
+        ValueError: as in `probe`.
+    """
+    rows = tqdm(features.items(), unit="row", desc=task.name)
+    return {name: probe(row, task.labels, task.groups, task.splits, dimension) for name, row in rows}
 
 
 def probe_task(task: Task, features: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -83,29 +119,36 @@ def probe_task(task: Task, features: Mapping[str, torch.Tensor]) -> list[dict[st
 
     Args:
         task: the labels.
-        features: of the task's texts, by `feature_rows`.
+        features: of the task's texts, by `task_features`.
 
     Returns:
         For each row of features its name, "full" and "equal dimension" (principal components, as many as the smaller of
-        a hidden state and a content lambda has; rows with fewer keep theirs), each with accuracy, interval, control
-        accuracy, selectivity, codelength and whether it is "encoded": above bag of words and the same row of every
-        model of random weights, by more than the interval. That is None for rows that are themselves compared with.
+        a hidden state and a content lambda has; rows with fewer keep theirs), each with what `summary` says.
 
     Raises:
         ValueError: as in `probe`.
     """
-    equal = min(rows.shape[1] for name, rows in features.items() if "hidden state" in name or "lambda" in name)
-    found: dict[str, dict[str, ProbeResult]] = {}
-    for name, rows in tqdm(features.items(), unit="row", desc=task.name):
-        full = probe(rows, task.labels, task.groups, task.splits)
-        small = full if rows.shape[1] <= equal else probe(rows, task.labels, task.groups, task.splits, equal)
-        found[name] = {"full": full, "equal dimension": small}
-    return [{"row": name, **{size: _summary(name, size, found) for size in results}} for name, results in found.items()]
+    equal = equal_dimension(features)
+    full = probe_rows(task, features)
+    wide = {name: rows for name, rows in features.items() if rows.shape[1] > equal}
+    small = {**full, **probe_rows(task, wide, equal)}
+    return [{"row": name, "full": summary(name, full), "equal dimension": summary(name, small)} for name in features]
 
 
-def _summary(name: str, size: str, found: Mapping[str, Mapping[str, ProbeResult]]) -> dict[str, Any]:
-    result = found[name][size]
-    of_random_models = [rows[size] for other, rows in found.items() if other.endswith(f", {name}")]
+def summary(name: str, found: Mapping[str, ProbeResult]) -> dict[str, Any]:
+    """What a table says of one row of probes.
+
+    Args:
+        name: of the row.
+        found: of all rows, "bag of words" among them.
+
+    Returns:
+        Accuracy, interval, control accuracy, selectivity, codelength and whether the row is "encoded": above bag of
+        words and above the same row of every model of random weights, by more than the interval. That is None for rows
+        that are themselves compared with.
+    """
+    result = found[name]
+    of_random_models = [rows for other, rows in found.items() if other.endswith(f", {name}")]
     return {
         "accuracy": result.accuracy,
         "interval": result.interval,
@@ -116,5 +159,6 @@ def _summary(name: str, size: str, found: Mapping[str, Mapping[str, ProbeResult]
         "selectivity": result.selectivity,
         "codelength": result.codelength,
         "uniform codelength": result.uniform_codelength,
-        "encoded": is_encoded(result, found["bag of words"][size], of_random_models) if of_random_models else None,
+        "bits on dev": result.dev_bits,
+        "encoded": is_encoded(result, found["bag of words"], of_random_models) if of_random_models else None,
     }

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from captum.attr import IntegratedGradients
 
+import lambda_kernels
 import modeling_lambdabert
 from lambdabert.interpretation import (
     explain_prediction,
@@ -61,7 +63,9 @@ def test_adds_up_with_every_activation(make_model, masked, hidden_act):
     check_sums(model, masked(model), 2, 7)
 
 
-def test_adds_up_with_every_setting(make_model, masked, settings):
+@pytest.mark.parametrize("tile", [256, 4])
+def test_adds_up_with_every_setting(make_model, masked, settings, tile, monkeypatch):
+    monkeypatch.setattr(lambda_kernels, "TILE", tile)
     model = make_model(**settings)
     check_sums(model, masked(model), 2, 7)
 
@@ -158,6 +162,29 @@ class TestIntegratedGradients:
         expected = ((first - words[MASK]) * total).sum(-1)
         found = integrated_gradients(model, inputs, 2, 7, steps=12)
         torch.testing.assert_close(found.tokens, expected, rtol=1e-9, atol=1e-12)
+
+    def test_is_that_of_captum(self, make_model, masked):
+        model = make_model()
+        inputs = masked(model)
+        words = model.get_input_embeddings().weight.detach()
+        names = [name for name in inputs if name != "input_ids"]
+
+        def logit(embeddings, *rest):
+            return model(inputs_embeds=embeddings, **dict(zip(names, rest))).logits[:, 2, 7]
+
+        first = words[inputs["input_ids"]]
+        captums, delta = IntegratedGradients(logit).attribute(
+            first,
+            words[MASK].expand_as(first),
+            additional_forward_args=tuple(inputs[name] for name in names),
+            n_steps=50,
+            method="riemann_middle",
+            return_convergence_delta=True,
+        )
+        found = integrated_gradients(model, inputs, 2, 7)
+        # captum has its steps in float32
+        torch.testing.assert_close(found.tokens, captums.sum(-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.tokens.sum(1) + found.bias - found.logit, delta, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("name, place, token", NAMES_AND_QUESTIONS)
     def test_completeness(self, make_model, masked, name, place, token):

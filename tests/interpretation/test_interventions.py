@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+import lambda_kernels
 from lambdabert.interpretation import replace_lambdas, trace_lambdas
 
 
-@pytest.mark.parametrize("mask", ["none", "whole", "holes"])
-def test_its_own_content_lambda_leaves_every_bit(make_model, holey, settings, mask):
+@pytest.mark.parametrize("mask", ["none", "whole", "holes", "tiles and holes"])
+def test_its_own_content_lambda_leaves_every_bit(make_model, holey, settings, mask, monkeypatch):
+    if mask == "tiles and holes":
+        monkeypatch.setattr(lambda_kernels, "TILE", 4)
     model = make_model(**settings)
     inputs = holey(model)
     if mask == "whole":
@@ -22,7 +25,9 @@ def test_its_own_content_lambda_leaves_every_bit(make_model, holey, settings, ma
         assert torch.equal(model(**inputs).logits, plain.logits)
 
 
-def test_a_text_in_its_own_place_changes_nothing(make_model, holey, make_inputs, settings):
+@pytest.mark.parametrize("tile", [256, 4])
+def test_a_text_in_its_own_place_changes_nothing(make_model, holey, make_inputs, settings, tile, monkeypatch):
+    monkeypatch.setattr(lambda_kernels, "TILE", tile)
     model = make_model(**settings)
     for inputs in (holey(model), make_inputs(type(model), model.config, batch=1)):
         with torch.no_grad():

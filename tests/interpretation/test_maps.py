@@ -62,7 +62,9 @@ def test_shares_add_up(make_model, holey, settings):
         assert not found.contributions[~trace.token_mask].any()
 
 
-def test_leave_one_out_is_the_layer_rerun(make_model, holey, settings):
+@pytest.mark.parametrize("tile", [256, 4])
+def test_leave_one_out_is_the_layer_rerun(make_model, holey, settings, tile, monkeypatch):
+    monkeypatch.setattr(lambda_kernels, "TILE", tile)
     model = make_model(**settings)
     inputs = holey(model)
     trace = trace_lambdas(model, inputs)

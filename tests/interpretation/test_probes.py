@@ -6,8 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from lambdabert.interpretation import difference, feature_rows, is_encoded, probe, trace_lambdas
+from lambdabert.interpretation import difference, feature_rows, is_encoded, probe, probes, trace_lambdas
 
 
 @pytest.fixture
@@ -76,6 +80,51 @@ class TestProbe:
         dense = probe(features, labels)
         assert torch.equal(sparse.correct, dense.correct)
         assert math.isclose(sparse.codelength, dense.codelength, rel_tol=1e-2)
+
+    @pytest.mark.parametrize("features", [300, 20])
+    def test_is_a_plain_regression_on_standardised_features(self, monkeypatch, features):
+        monkeypatch.setattr("lambdabert.interpretation.probes.KEPT", 1)  # every seed has all of train
+        monkeypatch.setattr("lambdabert.interpretation.probes.STRENGTHS", (0.003,))
+        generator = np.random.default_rng(0)
+        labels = generator.integers(0, 3, 160)
+        table = generator.normal(size=(160, features)) * np.linspace(0.1, 3, features)
+        table[:, :3] += np.eye(3)[labels]
+        splits = np.repeat(["train", "dev", "test"], [80, 30, 50])
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, tol=1e-8, max_iter=10000))
+        plain.fit(table[:80], labels[:80])
+        found = probe(table, labels, splits=splits)
+        expected = torch.from_numpy(plain.predict(table[110:]) == labels[110:]).double()
+        assert torch.equal(found.correct, expected.repeat(3)) and 0.4 < found.accuracy < 1
+        of_dev = plain.predict_proba(table[80:110])[np.arange(30), labels[80:110]]
+        assert found.dev_bits == pytest.approx(-np.log2(0.999 * of_dev + 0.001 / 3).sum(), rel=1e-3)
+
+    def test_fewer_dimensions_are_principal_components(self, monkeypatch):
+        monkeypatch.setattr("lambdabert.interpretation.probes.KEPT", 1)
+        monkeypatch.setattr("lambdabert.interpretation.probes.STRENGTHS", (0.003,))
+        generator = np.random.default_rng(0)
+        labels = generator.integers(0, 2, 160)
+        table = generator.normal(size=(160, 6)) @ generator.normal(size=(6, 120)) + labels[:, None] * 0.3
+        table += generator.normal(size=(160, 120))
+        splits = np.repeat(["train", "dev", "test"], [80, 30, 50])
+        plain = make_pipeline(StandardScaler(), PCA(5, svd_solver="full"), LogisticRegression(C=0.003, tol=1e-8))
+        expected = plain.fit(table[:80], labels[:80]).predict(table[110:]) == labels[110:]
+        found = probe(table, labels, splits=splits, dimension=5)
+        assert torch.equal(found.correct, torch.from_numpy(expected).double().repeat(3)) and found.dimension == 5
+
+    def test_codelength_without_a_feature_is_that_of_the_labels_seen_before(self):
+        labels = (np.arange(300) % 5 == 0).astype(int)
+        splits = np.repeat(["train", "dev", "test"], [200, 50, 50])
+        found = probe(np.zeros((300, 1)), labels, splits=splits)
+        order = labels[np.random.default_rng(0).permutation(200)[:180]]  # of the first seed
+        ends = sorted({math.ceil(portion * 180) for portion in probes.PORTIONS})
+        bits = float(ends[0])
+        for known, end in zip(ends, ends[1:]):
+            part = order[:known].mean()
+            uniform = part in (0, 1)
+            rare = 0.5 if uniform else 0.999 * part + 0.0005
+            ones = order[known:end].sum()
+            bits -= ones * math.log2(rare) + (end - known - ones) * math.log2(1 - rare)
+        assert found.codelength == pytest.approx(bits, rel=1e-3) and found.uniform_codelength == 180
 
     def test_fewer_dimensions(self, separable):
         features, labels = separable

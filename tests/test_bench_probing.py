@@ -1,0 +1,190 @@
+"""The benchmarks of probes: attention statistics of known maps, picks on dev, minimal pairs, channels."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+import modeling_lambdabert
+from benchmarks import attention_features, channels, minimal_pairs, probing
+from lambdabert.interpretation import probe
+from lambdabert.interpretation.loading import LoadedModel
+
+NOUNS = ["fox", "dog", "bird", "tree"]
+
+
+@pytest.fixture(scope="module")
+def folders(text, tmp_path_factory):
+    """Folders of a tiny masked LambdaBERT and of a BERT of its shape, with the text's tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    fields = {"hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    config = modeling_lambdabert.LambdaBertModel.config_class(**fields, num_lambda_queries=2, key_depth=3)
+    model = modeling_lambdabert.LambdaBertForMaskedLM(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder / "lambda")
+    BertModel(BertConfig(**fields, num_attention_heads=2)).save_pretrained(folder / "bert")
+    for name in ("lambda", "bert"):
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+class TestAttentionStatistics:
+    def statistics(self, attention, mask):
+        found = attention_features.attention_statistics(attention, mask)
+        names = ["itself", "before", "after", "cls", "sep", "entropy", "of cls", "distance"]
+        names += [f"{what} {t}" for t in attention_features.THRESHOLDS for what in ("components", "cycles")]
+        assert found.shape[-1] == len(names) == attention_features.STATISTICS
+        return dict(zip(names, found[0, 0].tolist()))
+
+    def test_uniform(self):
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+        attention = (mask / 4).expand(1, 1, 6, 6)
+        found = self.statistics(attention, mask)
+        for name in ("itself", "before", "after", "cls", "sep"):
+            assert found[name] == pytest.approx(0.25), name
+        assert found["entropy"] == pytest.approx(math.log(4)) == found["of cls"]
+        assert found["distance"] == pytest.approx(1.25)  # 20 / 16
+        assert (found["components 0.25"], found["cycles 0.25"]) == (1, 3)  # all 6 edges of 4 tokens
+        assert (found["components 0.5"], found["cycles 0.5"]) == (4, 0)
+
+    def test_each_token_to_the_one_before(self):
+        mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
+        attention = torch.zeros(1, 1, 6, 6)
+        for place in range(6):
+            attention[0, 0, place, max(0, place - 1)] = 1
+        found = self.statistics(attention, mask)
+        assert found["before"] == 1 and found["after"] == found["sep"] == found["entropy"] == 0
+        assert found["itself"] == pytest.approx(1 / 5) and found["cls"] == pytest.approx(2 / 5)
+        assert found["distance"] == pytest.approx(4 / 5)
+        assert found["components 0.75"] == pytest.approx(1) and found["cycles 0.75"] == pytest.approx(0)
+
+    def test_two_components_and_a_cycle(self):
+        attention = torch.zeros(1, 1, 5, 5)
+        for first, second in ((0, 1), (1, 2), (2, 0), (3, 4), (4, 3)):
+            attention[0, 0, first, second] = 1
+        found = self.statistics(attention, torch.ones(1, 5, dtype=torch.long))
+        assert found["components 0.5"] == pytest.approx(2) and found["cycles 0.5"] == pytest.approx(1)
+
+    def test_padding_changes_nothing(self, folders):
+        bert = BertModel.from_pretrained(folders / "bert", attn_implementation="eager").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folders / "bert")
+        texts = ["the fox sees a dog", "a bird sings in the tree"]
+        together = attention_features.bert_rows(bert, [tokenizer(texts, return_tensors="pt", padding=True)])
+        apart = attention_features.bert_rows(bert, [tokenizer(text, return_tensors="pt") for text in texts])
+        assert set(together) == set(apart) and len(together) == 4 * 5
+        for name, rows in together.items():
+            torch.testing.assert_close(rows, apart[name], rtol=1e-4, atol=1e-5)
+        assert together["attention, all layers"].shape == (2, 2 * 2 * attention_features.STATISTICS)
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    """A task in which the noun decides, with a target that stands alone."""
+    lines = ["split\tlabel\ttext\ttarget"]
+    for split, count in (("train", 48), ("dev", 16), ("test", 16)):
+        for i in range(count):
+            noun = NOUNS[i % 4]
+            lines.append(f"{split}\t{i % 2}\tthe {noun} sees {'a' * (i % 3)} {NOUNS[(i // 4) % 4]}\t{noun}")
+    lines.append("train\t0\tthe day is red\tday")
+    (tmp_path / "nouns.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path / "nouns.tsv"
+
+
+class TestProbing:
+    def test_a_sample_has_no_target_alone(self, task_file):
+        task = probing.sample_task(task_file, {"train": 49, "dev": 8, "test": 8}, seed=0)
+        assert len(task.texts) == 48 + 8 + 8 and set(task.groups) == set(NOUNS)
+
+    def test_a_layer_is_picked_on_dev(self):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(120) % 2
+        splits = ["train"] * 60 + ["dev"] * 30 + ["test"] * 30
+        noise = torch.randn(120, 2, generator=generator)
+        until_dev, only_test = noise.clone(), noise.clone()
+        until_dev[:90, 0] += 6 * labels[:90]
+        only_test[:60, 0] += 6 * labels[:60]
+        only_test[90:, 0] += 6 * labels[90:]
+        found = {
+            "content lambda 0": probe(only_test, labels, splits=splits),
+            "content lambda 1": probe(until_dev, labels, splits=splits),
+        }
+        assert found["content lambda 0"].accuracy > found["content lambda 1"].accuracy
+        assert probing.picks(found) == {"content lambda": "content lambda 1"}
+
+    def test_command(self, folders, task_file, monkeypatch, capsys):
+        monkeypatch.setattr("lambdabert.interpretation.probes.STRENGTHS", (1.0,))
+        monkeypatch.setattr("lambdabert.interpretation.probes.PORTIONS", (0.25, 1))
+        output = task_file.parent / "found.json"
+        arguments = [str(task_file), "--model", str(folders / "lambda"), "--bert", str(folders / "bert")]
+        assert probing.main([*arguments, "--output", str(output)]) == 0
+        found = json.loads(output.read_text(encoding="utf-8"))["tasks"]["nouns"]
+        assert set(found["families"]) == set(probing.FAMILIES)
+        for family in ("content lambda", "mean hidden state", "attention", "BERT's mean hidden state"):
+            assert len(found["families"][family]["random models"]) == 3 and not found["families"][family]["encoded"]
+        assert found["families"]["mean value"]["encoded"] is None
+        words = found["rows"]["bag of words"]["equal dimension"]["accuracy"]
+        gap = found["differences"]["content lambda - bag of words"]["difference"]
+        assert gap == pytest.approx(found["families"]["content lambda"]["accuracy"] - words)
+        assert output.with_suffix(".png").exists() and "content lambda" in capsys.readouterr().out
+        before = output.read_bytes()
+        assert probing.main([*arguments, "--output", str(output)]) == 0 and capsys.readouterr().out == ""
+        with pytest.raises(SystemExit, match=r"error: output=.*found.json has the arguments .*name another file"):
+            probing.main([*arguments, "--seed", "1", "--output", str(output)])
+        assert json.loads(output.read_bytes())["tasks"] == json.loads(before)["tasks"]
+
+
+class TestMinimalPairs:
+    def test_pseudo_log_likelihood_masks_each_token(self, folders):
+        loaded = LoadedModel(str(folders / "lambda"))
+        sentences = ["the fox sees a dog", "a bird"]
+        found = minimal_pairs.pseudo_log_likelihoods(loaded, sentences, {})
+        for sentence, likelihood in zip(sentences, found.tolist()):
+            ids = loaded.tokenizer(sentence, return_tensors="pt")["input_ids"]
+            expected = 0.0
+            for place in range(1, ids.shape[1] - 1):
+                masked = ids.clone()
+                masked[0, place] = loaded.tokenizer.mask_token_id
+                with torch.no_grad():
+                    expected += loaded.model(input_ids=masked).logits[0, place].log_softmax(-1)[ids[0, place]].item()
+            assert likelihood == pytest.approx(expected, rel=1e-4)
+
+    def test_swapped_lambdas_are_of_another_paradigm(self):
+        pairs = [{"paradigm": name} for name in "aabcab"]
+        others = minimal_pairs.shifts(pairs)
+        assert all(pairs[i]["paradigm"] != pairs[j]["paradigm"] for i, j in enumerate(others))
+
+    def test_command(self, folders, tmp_path, capsys):
+        rows = [("term", "paradigm", "good", "bad")]
+        for i in range(4):
+            rows += [(f"t{i % 2}", f"p{i}", f"the {noun} sees", f"the sees {noun}") for noun in NOUNS]
+        (tmp_path / "pairs.tsv").write_text("\n".join("\t".join(row) for row in rows), encoding="utf-8")
+        arguments = [str(tmp_path / "pairs.tsv"), "--model", str(folders / "lambda"), "--per_paradigm", "3"]
+        assert minimal_pairs.main([*arguments, "--output", str(tmp_path / "a.json")]) == 0
+        found = json.loads((tmp_path / "a.json").read_text())["phenomena"]
+        assert {name: one["pairs"] for name, one in found.items()} == {"all": 12, "t0": 6, "t1": 6}
+        assert all(0 <= found["all"][condition]["accuracy"] <= 1 for condition in minimal_pairs.CONDITIONS)
+        with pytest.raises(SystemExit, match="per_paradigm=5: p0 has 4 pairs; lower it"):
+            minimal_pairs.main([*arguments[:-1], "5", "--output", str(tmp_path / "b.json")])
+
+
+class TestChannels:
+    def test_command(self, folders, tmp_path):
+        words = [("the", "DET"), ("fox", "NOUN"), ("sees", "VERB"), ("a", "DET"), ("dog", "NOUN")]
+        lines = ["\t".join([str(i + 1), word, word, kind, *"_" * 6]) for i, (word, kind) in enumerate(words)]
+        (tmp_path / "some.conllu").write_text("\n".join(["# text = x", *lines, "", ""]) * 12, encoding="utf-8")
+        arguments = [str(tmp_path / "some.conllu"), "--model", str(folders / "lambda")]
+        assert channels.main([*arguments, "--output", str(tmp_path / "a.json")]) == 0
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert found["sentences"] == 12 and found["tokens"]["DET"] == 24 and found["tokens"]["[CLS]"] == 12
+        for layer in found["layers"]:
+            weights = torch.tensor([layer["weight by kind"][kind] for kind in found["tokens"]])
+            counts = torch.tensor(list(found["tokens"].values())).float()
+            # a channel is a distribution: its mean weight is that of a uniform one
+            torch.testing.assert_close((weights * counts[:, None]).sum(0) / counts.sum(), torch.ones(3))
+            assert all(0 < spread <= 1 for spread in layer["spread"])
+        assert (tmp_path / "a_keys.png").exists() and (tmp_path / "a_positions.png").exists()
