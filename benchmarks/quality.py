@@ -88,13 +88,19 @@ class NextSentenceBert(BertForPreTraining):
         )
 
 
-def bert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
-    """BERT of the same width, depth, feed-forward size, vocabulary and dropout."""
+def bert_config(config: PreTrainedConfig) -> BertConfig:
+    """The config of a BERT of the same width, depth, feed-forward size, vocabulary and dropout."""
     fields = {name: value for name, value in config.to_dict().items() if name in BertConfig().to_dict()}
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "architectures", "auto_map")}
     heads = max(1, config.hidden_size // 64)
-    fields |= {"num_attention_heads": heads, "attention_probs_dropout_prob": config.hidden_dropout_prob}
-    return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(BertConfig(**fields))
+    return BertConfig(
+        **fields | {"num_attention_heads": heads, "attention_probs_dropout_prob": config.hidden_dropout_prob}
+    )
+
+
+def bert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
+    """BERT of the same shape, to be pretrained."""
+    return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(bert_config(config))
 
 
 def command_options(recipe: Recipe, name: str, learning_rate: float, seed: int, folder: Path) -> dict[str, Any]:
