@@ -117,7 +117,7 @@ def table(recipe: Recipe, runs: dict[str, dict[str, list[Run]]]) -> str:
     return markdown_table(["model", "seeds", *heads], rows)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse_command(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
@@ -127,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark; returns its exit status."""
-    options = parse(argv)
+    options = parse_command(argv)
     with one_line_errors():
         recipe = read_recipe(options.recipe, FIELDS, MODEL_FIELDS)
         check_recipe(recipe, options.recipe)
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     runs = run_all(folder, names)
-    folder.write_summary({"environment": environment("datasets"), "recipe": recipe, "runs": runs}, table(recipe, runs))
+    folder.write_summary({"recipe": recipe, "runs": runs}, table(recipe, runs))
     return 0
 
 

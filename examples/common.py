@@ -11,9 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
@@ -58,7 +56,7 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     """Reads flags into one instance of each dataclass.
 
     Raises:
-        ValueError: options contradict each other, or the output folder holds something.
+        ValueError: options contradict each other, there is no such model, or the output folder holds something.
     """
     options, training = HfArgumentParser(groups).parse_args_into_dataclasses(argv)
     if (options.dataset_name is None) == (options.train_file is None):
@@ -68,8 +66,20 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     folder = Path(training.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output_dir={folder} holds something already; name another folder.")
+    check_model(options)
     transformers.set_seed(training.seed)
     return options, training
+
+
+def check_model(options: Options) -> None:
+    """Raises ValueError if there is no such model, or it takes fewer tokens than `max_seq_length`."""
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={options.model} is not the folder or hub name of a model ({error}).") from error
+    limit = config.longest_sequence if config.model_type == "lambdabert" else config.max_position_embeddings
+    if limit is not None and options.max_seq_length > limit:
+        raise ValueError(f"max_seq_length={options.max_seq_length}: {options.model} takes {limit} tokens at most.")
 
 
 def read_table(file: str) -> Dataset:
@@ -117,15 +127,6 @@ def check_columns(data: DatasetDict, split: str, columns: dict[str, str]) -> Non
         if column not in data[split].column_names:
             has = ", ".join(data[split].column_names)
             raise ValueError(f"{option}={column}: the {split} data has no such column; it has {has}.")
-
-
-def load_tokenizer(options: Options) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises ValueError if the model takes fewer tokens than `max_seq_length`."""
-    config = AutoConfig.from_pretrained(options.model)
-    limit = config.longest_sequence if config.model_type == "lambdabert" else config.max_position_embeddings
-    if limit is not None and options.max_seq_length > limit:
-        raise ValueError(f"max_seq_length={options.max_seq_length}: {options.model} takes {limit} tokens at most.")
-    return AutoTokenizer.from_pretrained(options.model)
 
 
 def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable[[str], Metrics]) -> Metrics:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from datasets import Dataset, DatasetDict
 from scipy.special import log_softmax
-from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
-from examples.common import Metrics, Options, Training, load_tokenizer, parse, read_splits, run, train_and_evaluate
+from examples.common import Metrics, Options, Training, parse, read_splits, run, train_and_evaluate
 
 COLUMNS = {name: name for name in ("question", "context", "answers")}
 LONGEST_ANSWER = 30  # tokens
@@ -129,7 +129,7 @@ def answer_scores(answers: list[str], references: list[list[str]]) -> Metrics:
 def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, AnswerOptions, Training)
     splits = read_questions(options)
-    tokenizer = load_tokenizer(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForQuestionAnswering.from_pretrained(options.model)
     stretches = DatasetDict(
         {

@@ -25,7 +25,6 @@ from examples.common import (
     Options,
     Training,
     check_columns,
-    load_tokenizer,
     parse,
     read_splits,
     run,
@@ -77,7 +76,6 @@ def main(argv: list[str] | None = None) -> Metrics:
     splits = read_splits(options, {"first_column": options.first_column, "second_column": options.second_column})
     for split in splits.keys() - {"train"}:
         check_columns(splits, split, {"score_column": options.score_column})
-    load_tokenizer(options)  # says so if texts of this length do not fit
     model = SentenceTransformer(options.model, device=str(training.device))
     model.max_seq_length = options.max_seq_length
     trainer = SentenceTransformerTrainer(

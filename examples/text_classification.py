@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from datasets import ClassLabel, DatasetDict
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForSequenceClassification, EvalPrediction, PreTrainedModel, Trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer
 
-from examples.common import Metrics, Options, Training, load_tokenizer, parse, read_splits, run, train_and_evaluate
+from examples.common import Metrics, Options, Training, parse, read_splits, run, train_and_evaluate
 
 
 @dataclass
@@ -64,7 +64,7 @@ def accuracy_and_f1(prediction: EvalPrediction) -> Metrics:
 
 def fine_tune(model: PreTrainedModel, splits: DatasetDict, options: TextOptions, training: Training) -> Metrics:
     """Trains and evaluates a classifier."""
-    tokenizer = load_tokenizer(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
 
     def encode(rows: dict) -> dict:
         encoded = tokenizer(rows[options.text_column], truncation=True, max_length=options.max_seq_length)

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, Trainer
+from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
 
 from examples.common import (
     Metrics,
     Options,
     Training,
-    load_tokenizer,
     parse,
     read_splits,
     read_table,
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     splits = read_splits(options, columns, lambda file: read_tagged(file, options))
     splits, names = with_tag_names(splits, options.tags_column)
     numbers = {name: number for number, name in enumerate(names)}
-    tokenizer = load_tokenizer(options)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForTokenClassification.from_pretrained(
         options.model, id2label=dict(enumerate(names)), label2id=numbers
     )
