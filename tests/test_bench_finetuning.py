@@ -26,7 +26,7 @@ def test_recipes_are_complete(file):
     recipe = read_recipe(file, finetuning.FIELDS, finetuning.MODEL_FIELDS)
     finetuning.check_recipe(recipe, file)
     for task in recipe["tasks"].values():
-        assert {"num_train_epochs", "max_seq_length"} <= task["options"].keys()
+        assert "max_seq_length" in task["options"] and task["options"].keys() & {"num_train_epochs", "max_steps"}
         own = {name for name in task["options"] if name.endswith(("_file", "_column"))}
         assert own <= set(OPTIONS[task["example"]].__dataclass_fields__)
     assert all("learning_rate" in entry["options"] for entry in recipe["models"].values())

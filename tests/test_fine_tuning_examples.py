@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
 
 from examples import lora, question_answering, sentence_embeddings, text_classification, token_classification
-from examples.common import run
+from examples.common import Training, run
 from examples.question_answering import answer_scores, best_span, find_answers
 from examples.token_classification import read_tagged, span_scores, spans
 from fine_tuning_support import labelled, save_tiny_model, sentence, tagged, write_conll, write_csv
@@ -278,6 +279,27 @@ def test_every_example_tells_a_mistake_in_one_line(example, monkeypatch, capsys,
     monkeypatch.setattr(sys, "argv", ["example", "--train_file=a.csv", f"--output_dir={tmp_path / 'result'}"])
     assert run(example.main) == 1
     assert capsys.readouterr().err == MISSING_EVALUATION
+
+
+OPTIONS = {
+    text_classification: (text_classification.TextOptions, Training),
+    token_classification: (token_classification.TagOptions, Training),
+    question_answering: (question_answering.AnswerOptions, Training),
+    sentence_embeddings: (sentence_embeddings.PairOptions, sentence_embeddings.SentenceTraining),
+    lora: (lora.LoraOptions, Training),
+}
+
+
+def test_commands_of_documents_and_examples_parse():
+    pages = [ROOT / "README.md", ROOT / "docs" / "finetuning.md", *(Path(example.__file__) for example in OPTIONS)]
+    for example, groups in OPTIONS.items():
+        name = example.__name__.removeprefix("examples.")
+        texts = [re.sub(r"\\\n", " ", page.read_text(encoding="utf-8")) for page in pages]
+        commands = [command for text in texts for command in re.findall(rf"python -m examples\.{name} (.*)", text)]
+        assert commands, name
+        for command in commands:
+            options, training = HfArgumentParser(groups).parse_args_into_dataclasses(shlex.split(command))
+            assert (options.train_file or options.dataset_name) and training.output_dir.startswith("models/")
 
 
 def test_an_example_runs_as_a_module(tmp_path):
