@@ -114,9 +114,10 @@ def read_splits(options: Options, columns: dict[str, str], read: Callable[[str],
         if missing := [f"{split}_file={file}" for split, file in files.items() if file and not Path(file).is_file()]:
             raise ValueError(f"{', '.join(missing)}: no such file.")
         data = DatasetDict({split: read(file) for split, file in files.items() if file})
-    for split in data.keys() & set(SPLITS):
+    data = DatasetDict({split: data[split] for split in SPLITS if split in data})
+    for split in data:
         check_columns(data, split, columns)
-    return DatasetDict({split: data[split] for split in SPLITS if split in data})
+    return data
 
 
 def check_columns(data: DatasetDict, split: str, columns: dict[str, str]) -> None:
@@ -129,12 +130,17 @@ def check_columns(data: DatasetDict, split: str, columns: dict[str, str]) -> Non
             raise ValueError(f"{option}={column}: the {split} data has no such column; it has {has}.")
 
 
+def evaluated(splits: DatasetDict) -> list[str]:
+    """The splits that are not trained on."""
+    return [split for split in splits if split != "train"]
+
+
 def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable[[str], Metrics]) -> Metrics:
     """Trains, saves the model, and prints and writes what `evaluate` finds on each of the other splits."""
     trainer.train()
     trainer.save_model()
     found = {}
-    for split in splits.keys() - {"train"}:
+    for split in evaluated(splits):
         metrics = {f"{split}_{name}": value for name, value in evaluate(split).items()}
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)

@@ -25,6 +25,7 @@ from examples.common import (
     Options,
     Training,
     check_columns,
+    evaluated,
     parse,
     read_splits,
     run,
@@ -74,7 +75,7 @@ def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
 def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, PairOptions, SentenceTraining)
     splits = read_splits(options, {"first_column": options.first_column, "second_column": options.second_column})
-    for split in splits.keys() - {"train"}:
+    for split in evaluated(splits):
         check_columns(splits, split, {"score_column": options.score_column})
     model = SentenceTransformer(options.model, device=str(training.device))
     model.max_seq_length = options.max_seq_length
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> Metrics:
         train_dataset=training_pairs(splits, options),
         loss=MultipleNegativesRankingLoss(model),
     )
-    before = {split: spearman(model, splits[split], options)["spearman"] for split in splits.keys() - {"train"}}
+    before = {split: spearman(model, splits[split], options)["spearman"] for split in evaluated(splits)}
     return train_and_evaluate(
         trainer,
         splits,

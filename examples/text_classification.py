@@ -24,7 +24,12 @@ class TextOptions(Options):
 
 
 def read_texts(options: TextOptions) -> DatasetDict:
-    return read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
+    """The splits. Raises ValueError if the texts are none."""
+    splits = read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
+    kind = splits["train"].features[options.text_column].dtype
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"text_column={options.text_column} holds values of type {kind}, not texts; name another.")
+    return splits
 
 
 def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
@@ -34,7 +39,7 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
         ValueError: another split has a class that the training data lacks.
     """
     if isinstance(splits["train"].features[column], ClassLabel):
-        return splits
+        return labelled(splits, column)
     names = sorted(set(map(str, splits["train"][column])))
     for split, rows in splits.items():
         if unknown := sorted(set(map(str, rows[column])) - set(names)):
@@ -43,6 +48,20 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
     features[column] = ClassLabel(names=names)
     numbers = {name: number for number, name in enumerate(names)}
     return splits.map(lambda row: {column: numbers[str(row[column])]}, features=features)
+
+
+def labelled(splits: DatasetDict, column: str) -> DatasetDict:
+    """The splits whose labels are given: data sets of the hub often keep those of their test data secret, as -1.
+
+    Raises:
+        ValueError: nothing is left to train and to evaluate on.
+    """
+    kept = DatasetDict({split: rows for split, rows in splits.items() if min(rows[column]) >= 0})
+    if left_out := ", ".join(splits.keys() - kept.keys()):
+        print(f"Left out, for it has no labels: {left_out}.")
+    if "train" not in kept or len(kept) < 2:
+        raise ValueError(f"label_column={column}: the {left_out} data has no labels; give data that has.")
+    return kept
 
 
 def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel:

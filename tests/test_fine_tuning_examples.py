@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
 
 from examples import lora, question_answering, sentence_embeddings, text_classification, token_classification
@@ -75,6 +75,16 @@ def test_text_classification_takes_a_data_set_with_named_classes(model, tmp_path
     found = text_classification.main([f"--model={model}", "--max_seq_length=32", *options, *QUICK])
     assert set(found) == {"validation_accuracy", "validation_macro_f1"}
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "result").config.id2label[1] == "animal"
+
+
+def test_splits_without_labels_are_left_out():
+    features = Features({"label": ClassLabel(names=["person", "animal"])})
+    known, secret = (Dataset.from_dict({"label": labels}, features=features) for labels in ([0, 1], [-1, -1]))
+    splits = DatasetDict({"train": known, "validation": known, "test": secret})
+    assert list(text_classification.labelled(splits, "label")) == ["train", "validation"]
+    splits.pop("validation")
+    with pytest.raises(ValueError, match="label_column=label: the test data has no labels"):
+        text_classification.labelled(splits, "label")
 
 
 def test_lora_trains_and_saves_what_is_beside_the_encoder(model, texts, tmp_path):
