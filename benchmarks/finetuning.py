@@ -73,12 +73,12 @@ def fine_tune(recipe: Recipe, task: str, name: str, seed: int, work: Path) -> Ru
     require_passing_tests(*LAYER_TESTS)
     settings, entry = recipe["tasks"][task], recipe["models"][name]
     model = new_weights(entry["model"], seed, work / "start") if entry.get("random") else entry["model"]
-    options = {**settings["options"], **entry["options"], "model": model, "seed": seed}
+    options = {**settings["options"], **entry["options"], "model": entry["model"], "seed": seed}
     output = work / f"result_{time.time_ns()}"  # the script takes no folder that an interrupted run has written to
     start = time.process_time()
     with one_line_errors():
         found = importlib.import_module(f"examples.{settings['example']}").main(
-            flags(options | {"output_dir": str(output), "disable_tqdm": True})
+            flags(options | {"model": model, "output_dir": str(output), "disable_tqdm": True})
         )
     return {
         "task": task,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -30,6 +31,19 @@ def test_recipes_are_complete(file):
         own = {name for name in task["options"] if name.endswith(("_file", "_column"))}
         assert own <= set(OPTIONS[task["example"]].__dataclass_fields__)
     assert all("learning_rate" in entry["options"] for entry in recipe["models"].values())
+
+
+@pytest.mark.parametrize("name", [file.stem for file in RECIPES])
+def test_recorded_folder_gives_its_summary_and_table_again(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "fine_tune", lambda *args: pytest.fail("a finished run was run again"))
+    folder = ROOT / "benchmarks" / "results" / "finetuning" / name
+    output = shutil.copytree(folder, tmp_path / "output")
+    (output / "table.md").unlink()
+    finetuning.main([str(ROOT / "benchmarks" / "recipes" / "finetuning" / f"{name}.json"), "--output", str(output)])
+    assert (output / "results.json").read_bytes() == (folder / "results.json").read_bytes()
+    assert (output / "table.md").read_text() == (folder / "table.md").read_text()
+    rows = (folder / "table.md").read_text().splitlines()[2:]
+    assert rows and all(row in (ROOT / "docs" / "finetuning.md").read_text() for row in rows)
 
 
 @pytest.fixture(scope="module")
