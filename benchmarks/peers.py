@@ -74,13 +74,16 @@ def heads(config: PreTrainedConfig) -> int:
     return max(1, config.hidden_size // 64)
 
 
+def bert_config(config: PreTrainedConfig) -> BertConfig:
+    """The config of a BERT: all fields that it shares with a LambdaBERT's."""
+    own = set(BertConfig().to_dict()) - {"model_type", "architectures", "auto_map"}
+    fields = {name: value for name, value in config.to_dict().items() if name in own}
+    return BertConfig(**fields | dropouts(config) | {"num_attention_heads": heads(config)})
+
+
 def bert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
     """BERT; with pairs of sentences, `BertForPreTraining`."""
-    model_class = BertForMaskedLM if objective == "mlm" else NextSentenceBert
-    fields = shape(config) | dropouts(config)
-    return model_class(
-        BertConfig(**fields, num_attention_heads=heads(config), intermediate_size=config.intermediate_size)
-    )
+    return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(bert_config(config))
 
 
 def modernbert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:

@@ -1,0 +1,158 @@
+"""What the fine-tuning examples share: options, data from files or the hub, and mistakes told in one line."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
+
+import modeling_lambdabert  # noqa: F401  makes the model type known to transformers
+
+READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+SPLITS = ("train", "validation", "test")
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Options:
+    """What to fine-tune, and on which data."""
+
+    model: str = field(
+        default="checkpoints/wikipedia-small", metadata={"help": "Folder or hub name of a LambdaBERT, or of a BERT."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Data to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "Data to evaluate the result on."})
+    test_file: str | None = field(default=None, metadata={"help": "More data to evaluate the result on."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set of the hub, or a folder, in place of files; its splits are used."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Which configuration of that data set."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text; what is beyond is cut off."})
+
+
+@dataclass
+class Training(TrainingArguments):
+    """The Trainer's arguments, with defaults that suit a small data set."""
+
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples at a time in evaluation."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps, or below 1 the share of them, of warm-up."})
+    save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints besides the result."})
+    report_to: str = field(default="none", metadata={"help": "Where to log to."})
+
+
+def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
+    """Reads flags into one instance of each dataclass.
+
+    Raises:
+        ValueError: options contradict each other, there is no such model, or the output folder holds something.
+    """
+    options, training = HfArgumentParser(groups).parse_args_into_dataclasses(argv)
+    if (options.dataset_name is None) == (options.train_file is None):
+        raise ValueError("Name the data by either --train_file or --dataset_name.")
+    if options.train_file and not (options.validation_file or options.test_file):
+        raise ValueError(f"train_file={options.train_file}: give a --validation_file or --test_file to evaluate on.")
+    folder = Path(training.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output_dir={folder} holds something already; name another folder.")
+    check_model(options)
+    transformers.set_seed(training.seed)
+    return options, training
+
+
+def check_model(options: Options) -> None:
+    """Raises ValueError if there is no such model, or it takes fewer tokens than `max_seq_length`."""
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model={options.model} is not the folder or hub name of a model ({error}).") from error
+    limit = config.longest_sequence if config.model_type == "lambdabert" else config.max_position_embeddings
+    if limit is not None and options.max_seq_length > limit:
+        raise ValueError(f"max_seq_length={options.max_seq_length}: {options.model} takes {limit} tokens at most.")
+
+
+def read_table(file: str) -> Dataset:
+    """Reads a CSV file with a header, a JSON list of objects, or JSON lines. Raises ValueError."""
+    reader = READERS.get(Path(file).suffix.lower())
+    if reader is None:
+        raise ValueError(f"{file}: the name should end in {', '.join(READERS)}, as its format does.")
+    words = {"keep_default_na": False} if reader == "csv" else {}  # "NA" and "null" are texts
+    try:
+        return load_dataset(reader, data_files=file, split="train", **words)
+    except Exception as error:  # a broken file raises whatever its reader stumbles over
+        raise ValueError(f"{file} cannot be read as {reader.upper()} ({error.__cause__ or error}).") from error
+
+
+def read_splits(options: Options, columns: dict[str, str], read: Callable[[str], Dataset] = read_table) -> DatasetDict:
+    """The splits to train and evaluate on: "train", and "validation", "test" or both.
+
+    Args:
+        options: where they are.
+        columns: those that each must have, by the option that names them.
+        read: reads a file.
+
+    Raises:
+        ValueError: a file cannot be read, or a split or column is missing or empty.
+    """
+    if options.dataset_name:
+        data, where = load_dataset(options.dataset_name, options.dataset_config), f"dataset_name={options.dataset_name}"
+        if "train" not in data or len(data.keys() & set(SPLITS)) < 2:
+            raise ValueError(f"{where} has the splits {', '.join(data)}; it takes train, and validation or test.")
+    else:
+        files = {split: getattr(options, f"{split}_file") for split in SPLITS}
+        if missing := [f"{split}_file={file}" for split, file in files.items() if file and not Path(file).is_file()]:
+            raise ValueError(f"{', '.join(missing)}: no such file.")
+        data = DatasetDict({split: read(file) for split, file in files.items() if file})
+    data = DatasetDict({split: data[split] for split in SPLITS if split in data})
+    for split in data:
+        check_columns(data, split, columns)
+    return data
+
+
+def check_columns(data: DatasetDict, split: str, columns: dict[str, str]) -> None:
+    """Raises ValueError if a split is empty or lacks one of `columns`, which map an option to the column it names."""
+    if not len(data[split]):
+        raise ValueError(f"The {split} data is empty.")
+    for option, column in columns.items():
+        if column not in data[split].column_names:
+            has = ", ".join(data[split].column_names)
+            raise ValueError(f"{option}={column}: the {split} data has no such column; it has {has}.")
+
+
+def evaluated(splits: DatasetDict) -> list[str]:
+    """The splits that are not trained on."""
+    return [split for split in splits if split != "train"]
+
+
+def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable[[str], Metrics]) -> Metrics:
+    """Trains, saves the model, and prints and writes what `evaluate` finds on each of the other splits."""
+    trainer.train()
+    trainer.save_model()
+    found = {}
+    for split in evaluated(splits):
+        metrics = {f"{split}_{name}": value for name, value in evaluate(split).items()}
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+        found |= metrics
+    return found
+
+
+def run(work: Callable[[list[str] | None], Metrics]) -> int:
+    """Runs an example on the command's flags; returns its exit status. A mistake is told in one line on stderr."""
+    try:
+        work(None)
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0

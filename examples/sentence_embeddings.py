@@ -1,0 +1,97 @@
+"""Fine-tunes a LambdaBERT to give similar vectors to sentences that mean the same.
+
+    python -m examples.sentence_embeddings --train_file pairs.csv --validation_file sts_dev.csv \
+        --num_train_epochs 1 --learning_rate 2e-4 --output_dir models/sentences
+
+The training data has two columns of texts that belong together. In each batch, every other pair's second text counts as
+wrong (MultipleNegativesRankingLoss), so a larger batch teaches more. What it is evaluated on has two columns of texts
+and a score of their similarity. The result is a folder for `SentenceTransformer`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from datasets import Dataset, DatasetDict
+from scipy.stats import spearmanr
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from examples.common import (
+    Metrics,
+    Options,
+    Training,
+    check_columns,
+    evaluated,
+    parse,
+    read_splits,
+    run,
+    train_and_evaluate,
+)
+
+
+@dataclass
+class PairOptions(Options):
+    first_column: str = field(default="sentence1", metadata={"help": "Column of the first texts."})
+    second_column: str = field(default="sentence2", metadata={"help": "Column of the second texts."})
+    score_column: str = field(default="score", metadata={"help": "Column of the similarities to evaluate on."})
+    least_score: float | None = field(
+        default=None, metadata={"help": "Train on the pairs with at least this similarity, of data that has one."}
+    )
+
+
+@dataclass
+class SentenceTraining(Training, SentenceTransformerTrainingArguments):
+    """The arguments of sentence-transformers' Trainer."""
+
+    batch_sampler: str = field(
+        default="no_duplicates", metadata={"help": "A text twice in a batch would count as wrong."}
+    )
+
+
+def spearman(model: SentenceTransformer, rows: Dataset, options: PairOptions) -> Metrics:
+    """Spearman correlation of the cosines of pairs with their scores."""
+    first, second = (
+        model.encode(list(rows[column]), normalize_embeddings=True)
+        for column in (options.first_column, options.second_column)
+    )
+    return {"spearman": float(spearmanr((first * second).sum(1), rows[options.score_column]).statistic)}
+
+
+def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
+    """The pairs to train on. Raises ValueError if none has the least similarity."""
+    rows, least = splits["train"], options.least_score
+    if least is not None:
+        check_columns(splits, "train", {"score_column": options.score_column})
+        rows = rows.filter(lambda row: float(row[options.score_column]) >= least)
+        if not len(rows):
+            raise ValueError(f"least_score={least}: no pair of the training data has a {options.score_column} as high.")
+    return rows.select_columns([options.first_column, options.second_column])
+
+
+def main(argv: list[str] | None = None) -> Metrics:
+    options, training = parse(argv, PairOptions, SentenceTraining)
+    splits = read_splits(options, {"first_column": options.first_column, "second_column": options.second_column})
+    for split in evaluated(splits):
+        check_columns(splits, split, {"score_column": options.score_column})
+    model = SentenceTransformer(options.model, device=str(training.device))
+    model.max_seq_length = options.max_seq_length
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=training,
+        train_dataset=training_pairs(splits, options),
+        loss=MultipleNegativesRankingLoss(model),
+    )
+    before = {split: spearman(model, splits[split], options)["spearman"] for split in evaluated(splits)}
+    return train_and_evaluate(
+        trainer,
+        splits,
+        lambda split: {"spearman_before": before[split], **spearman(model, splits[split], options)},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

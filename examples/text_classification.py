@@ -1,0 +1,104 @@
+"""Fine-tunes a LambdaBERT to sort texts into classes.
+
+    python -m examples.text_classification --train_file banking77/train.csv --test_file banking77/test.csv \
+        --label_column category --num_train_epochs 10 --learning_rate 1e-3 --output_dir models/banking77
+
+Each split is a table with a text and a label column. The result is a folder for `pipeline("text-classification")`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasets import ClassLabel, DatasetDict
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer
+
+from examples.common import Metrics, Options, Training, parse, read_splits, run, train_and_evaluate
+
+
+@dataclass
+class TextOptions(Options):
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(default="label", metadata={"help": "Column of the classes, names or numbers."})
+
+
+def read_texts(options: TextOptions) -> DatasetDict:
+    """The splits. Raises ValueError if the texts are none."""
+    splits = read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
+    kind = splits["train"].features[options.text_column].dtype
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"text_column={options.text_column} holds values of type {kind}, not texts; name another.")
+    return splits
+
+
+def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
+    """Labels as numbers with names: those that they have, or the sorted values of the training data.
+
+    Raises:
+        ValueError: another split has a class that the training data lacks.
+    """
+    if isinstance(splits["train"].features[column], ClassLabel):
+        return labelled(splits, column)
+    names = sorted(set(map(str, splits["train"][column])))
+    for split, rows in splits.items():
+        if unknown := sorted(set(map(str, rows[column])) - set(names)):
+            raise ValueError(f"{column}={unknown[0]!r} of the {split} data does not occur in the training data.")
+    features = splits["train"].features.copy()
+    features[column] = ClassLabel(names=names)
+    numbers = {name: number for number, name in enumerate(names)}
+    return splits.map(lambda row: {column: numbers[str(row[column])]}, features=features)
+
+
+def labelled(splits: DatasetDict, column: str) -> DatasetDict:
+    """The splits whose labels are given: data sets of the hub often keep those of their test data secret, as -1.
+
+    Raises:
+        ValueError: nothing is left to train and to evaluate on.
+    """
+    kept = DatasetDict({split: rows for split, rows in splits.items() if min(rows[column]) >= 0})
+    if left_out := ", ".join(splits.keys() - kept.keys()):
+        print(f"Left out, for it has no labels: {left_out}.")
+    if "train" not in kept or len(kept) < 2:
+        raise ValueError(f"label_column={column}: the {left_out} data has no labels; give data that has.")
+    return kept
+
+
+def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel:
+    """The model, with a new head for the classes of the data."""
+    names = splits["train"].features[options.label_column].names
+    return AutoModelForSequenceClassification.from_pretrained(
+        options.model, id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)}
+    )
+
+
+def accuracy_and_f1(prediction: EvalPrediction) -> Metrics:
+    """Accuracy, and F1 as the mean over classes, of logits [B, classes]."""
+    predicted = np.argmax(prediction.predictions, axis=-1)
+    return {
+        "accuracy": accuracy_score(prediction.label_ids, predicted),
+        "macro_f1": f1_score(prediction.label_ids, predicted, average="macro"),
+    }
+
+
+def fine_tune(model: PreTrainedModel, splits: DatasetDict, options: TextOptions, training: Training) -> Metrics:
+    """Trains and evaluates a classifier."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+
+    def encode(rows: dict) -> dict:
+        encoded = tokenizer(rows[options.text_column], truncation=True, max_length=options.max_seq_length)
+        return encoded | {"labels": rows[options.label_column]}
+
+    encoded = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+    trainer = Trainer(model, training, train_dataset=encoded["train"], processing_class=tokenizer)
+    return train_and_evaluate(trainer, splits, lambda split: accuracy_and_f1(trainer.predict(encoded[split])))
+
+
+def main(argv: list[str] | None = None) -> Metrics:
+    options, training = parse(argv, TextOptions, Training)
+    splits = with_class_labels(read_texts(options), options.label_column)
+    return fine_tune(new_classifier(options, splits), splits, options, training)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

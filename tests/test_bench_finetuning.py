@@ -1,0 +1,164 @@
+"""The fine-tuning benchmark runs the examples once each, and its BERT is the pretraining command's twin."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import BertForMaskedLM
+
+from benchmarks import finetuning, pretrain_bert
+from benchmarks.environment import ROOT
+from benchmarks.peers import bert_config
+from benchmarks.pretrain_bert import FrugalBert
+from benchmarks.runs import read_recipe
+from examples.text_classification import TextOptions
+from examples.token_classification import TagOptions
+from fine_tuning_support import labelled, save_tiny_model, tagged, write_conll, write_csv
+from training_support import write_recipe
+
+RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "finetuning").glob("*.json"))
+OPTIONS = {"text_classification": TextOptions, "token_classification": TagOptions}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_are_complete(file):
+    recipe = read_recipe(file, finetuning.FIELDS, finetuning.MODEL_FIELDS)
+    finetuning.check_recipe(recipe, file)
+    for task in recipe["tasks"].values():
+        assert "max_seq_length" in task["options"] and task["options"].keys() & {"num_train_epochs", "max_steps"}
+        own = {name for name in task["options"] if name.endswith(("_file", "_column"))}
+        assert own <= set(OPTIONS[task["example"]].__dataclass_fields__)
+    assert all("learning_rate" in entry["options"] for entry in recipe["models"].values())
+
+
+@pytest.mark.parametrize("name", [file.stem for file in RECIPES])
+def test_recorded_folder_gives_its_summary_and_table_again(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "fine_tune", lambda *args: pytest.fail("a finished run was run again"))
+    folder = ROOT / "benchmarks" / "results" / "finetuning" / name
+    output = shutil.copytree(folder, tmp_path / "output")
+    (output / "table.md").unlink()
+    finetuning.main([str(ROOT / "benchmarks" / "recipes" / "finetuning" / f"{name}.json"), "--output", str(output)])
+    assert (output / "results.json").read_bytes() == (folder / "results.json").read_bytes()
+    assert (output / "table.md").read_text() == (folder / "table.md").read_text()
+    rows = (folder / "table.md").read_text().splitlines()[2:]
+    assert rows and all(row in (ROOT / "docs" / "finetuning.md").read_text() for row in rows)
+
+
+@pytest.fixture(scope="module")
+def model(text, tmp_path_factory):
+    return save_tiny_model(text / "tokenizer", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(model, tmp_path):
+    """A recipe of two tiny tasks and a tiny model, as it is and with new weights."""
+    texts = write_csv(tmp_path / "texts.csv", ["text", "label"], labelled(16, 0))
+    words = write_conll(tmp_path / "words.conll", tagged(16, 0))
+    shared = {"max_seq_length": 32, "max_steps": 2, "use_cpu": True}
+
+    def task(example, metric, file):
+        return {"example": example, "metric": metric, "options": {"train_file": file, "test_file": file, **shared}}
+
+    return {
+        "tasks": {
+            "texts": task("text_classification", "test_accuracy", texts),
+            "words": task("token_classification", "test_f1", words),
+        },
+        "seeds": [1, 2],
+        "models": {
+            "trained": {"model": model, "options": {"learning_rate": 1e-3}},
+            "new": {"model": model, "random": True, "options": {"learning_rate": 1e-3}},
+        },
+    }
+
+
+def test_tiny_benchmark_runs_once_and_gives_its_table_again(recipe, tmp_path, monkeypatch, capsys):
+    file, output = tmp_path / "recipe.json", tmp_path / "output"
+    file.write_text(json.dumps(recipe))
+    monkeypatch.setattr(finetuning, "require_passing_tests", lambda *tests: None)
+    finetuning.main([str(file), "--output", str(output), "--models", "trained"])
+    finetuning.main([str(file), "--output", str(output)])
+    results = json.loads((output / "results.json").read_text())
+    assert len(list((output / "runs").iterdir())) == 8
+    runs = results["runs"]["new"]["texts"]
+    assert [run["seed"] for run in runs] == [1, 2] and 0 <= runs[0]["metrics"]["test_accuracy"] <= 1
+    assert re.search(r"^\| new \| 2 \| \d\.\d{3} ± \d\.\d{3} \| ", (output / "table.md").read_text(), flags=re.M)
+    before = (output / "results.json").read_bytes()
+    monkeypatch.setattr(finetuning, "fine_tune", lambda *args: pytest.fail("a finished run was run again"))
+    finetuning.main([str(file), "--output", str(output)])
+    assert (output / "results.json").read_bytes() == before
+    assert capsys.readouterr().out.endswith((output / "table.md").read_text() + "\n")
+
+
+def test_new_weights_are_of_the_seed_and_not_the_model_s(model, tmp_path):
+    from modeling_lambdabert import LambdaBertForMaskedLM
+
+    def weight(folder):
+        return LambdaBertForMaskedLM.from_pretrained(folder).bert.encoder.layer[0].intermediate.dense.weight
+
+    first, again, second = (
+        weight(finetuning.new_weights(model, seed, tmp_path / str(place))) for place, seed in enumerate((1, 1, 2))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second) and not torch.equal(first, weight(model))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"tasks": {"texts": {"example": "chess", "metric": "a", "options": {}}}}, "task 'texts': example='chess'"),
+        ({"tasks": {"texts": {"example": "chess"}}}, "task 'texts' lacks metric, options"),
+        ({"models": {"a": {"model": "nowhere", "options": {}}}}, "model 'a': nowhere is not the folder of a model"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_run(change, message, recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | change))
+    with pytest.raises(SystemExit) as caught:
+        finetuning.main([str(tmp_path / "recipe.json"), "--output", str(tmp_path / "output")])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "output").exists()
+
+
+def test_frugal_bert_is_bert(make_config):
+    """The loss and gradients of stock BERT, in training and evaluation; in training without needless logits."""
+    frugal = FrugalBert(bert_config(make_config(hidden_size=24)))
+    stock = BertForMaskedLM(frugal.config)
+    stock.load_state_dict(frugal.state_dict())
+    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    masked = torch.arange(27).view(3, 9) % 4 == 0
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(masked, ids, -100)}
+    for training in (True, False):
+        outputs = [bert.train(training)(**inputs) for bert in (frugal, stock)]
+        torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+        assert outputs[0].logits.shape[:-1] == ((7,) if training else (3, 9))
+        gradients = [
+            torch.autograd.grad(output.loss, bert.bert.embeddings.word_embeddings.weight)[0]
+            for output, bert in zip(outputs, (frugal, stock), strict=True)
+        ]
+        torch.testing.assert_close(*gradients)
+    half = frugal.train()(**inputs, num_items_in_batch=14).loss
+    torch.testing.assert_close(2 * half, stock.train()(**inputs).loss)
+
+
+def test_bert_is_pretrained_like_a_lambdabert(text, tmp_path):
+    """The command takes the same recipe, resumes, and ends in a folder of a BERT."""
+    overrides = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_lambda_queries=4)
+    options = {
+        "train_file": [str(text / "train.txt")],
+        "validation_file": [str(text / "valid.txt")],
+        "tokenizer_name": str(text / "tokenizer"),
+        "output_dir": str(tmp_path / "bert"),
+        "data_cache_dir": str(tmp_path / "cache"),
+        "objective": "mlm",
+        "max_seq_length": 24,
+        "max_steps": 4,
+        "config_overrides": overrides,
+    }
+    for steps in (4, 6):
+        recipe = write_recipe(tmp_path / "recipe.json", **options | {"max_steps": steps})
+        assert pretrain_bert.main([recipe, "--use_cpu", "--disable_tqdm=True"]) == 0
+    bert = BertForMaskedLM.from_pretrained(tmp_path / "bert")
+    assert bert.config.num_attention_heads == 1 and bert.config.hidden_size == 32
+    assert json.loads((tmp_path / "bert" / "metrics.json").read_text())["eval"]["eval_mlm_loss"] > 0

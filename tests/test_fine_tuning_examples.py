@@ -1,0 +1,318 @@
+"""The fine-tuning examples learn from tiny data, and what they print is what the model that they save does."""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
+
+from examples import lora, question_answering, sentence_embeddings, text_classification, token_classification
+from examples.common import Training, run
+from examples.question_answering import answer_scores, best_span, find_answers
+from examples.token_classification import read_tagged, span_scores, spans
+from fine_tuning_support import labelled, save_tiny_model, sentence, tagged, write_conll, write_csv
+from modeling_lambdabert import LambdaBertForSequenceClassification
+from training_support import WORDS
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING_EVALUATION = "error: train_file=a.csv: give a --validation_file or --test_file to evaluate on.\n"
+# most of what a run needs, and quickly: no progress bars, no accelerator
+QUICK = ["--use_cpu", "--disable_tqdm=True", "--per_device_train_batch_size=8", "--learning_rate=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def model(text, tmp_path_factory):
+    return save_tiny_model(text / "tokenizer", tmp_path_factory.mktemp("model"))
+
+
+def write_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Flags of a table of texts whose subject is the class, one to train on and one to test."""
+    head = ["sentence", "kind"]
+    return [
+        f"--train_file={write_csv(tmp_path / 'train.csv', head, labelled(64, 0))}",
+        f"--test_file={write_csv(tmp_path / 'test.csv', head, labelled(24, 1))}",
+        "--text_column=sentence",
+        "--label_column=kind",
+        "--max_seq_length=32",
+        *QUICK,
+    ]
+
+
+def written(folder, split):
+    return json.loads((folder / f"{split}_results.json").read_text())
+
+
+def test_text_classification(model, texts, tmp_path):
+    output = tmp_path / "result"
+    found = text_classification.main([f"--model={model}", f"--output_dir={output}", "--num_train_epochs=6", *texts])
+    assert found["test_accuracy"] > 0.9 and written(output, "test") == found
+    classify = pipeline("text-classification", model=str(output), device="cpu")
+    right = [classify(sentence)[0]["label"] == label for sentence, label in labelled(24, 1)]
+    assert np.mean(right) == pytest.approx(found["test_accuracy"])
+
+
+def test_text_classification_takes_a_data_set_with_named_classes(model, tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["person", "animal"])})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        texts, labels = zip(*labelled(16, 0))
+        rows = Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    options = [f"--dataset_name={tmp_path / 'data'}", f"--output_dir={tmp_path / 'result'}", "--max_steps=1"]
+    found = text_classification.main([f"--model={model}", "--max_seq_length=32", *options, *QUICK])
+    assert set(found) == {"validation_accuracy", "validation_macro_f1"}
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "result").config.id2label[1] == "animal"
+
+
+def test_splits_without_labels_are_left_out():
+    features = Features({"label": ClassLabel(names=["person", "animal"])})
+    known, secret = (Dataset.from_dict({"label": labels}, features=features) for labels in ([0, 1], [-1, -1]))
+    splits = DatasetDict({"train": known, "validation": known, "test": secret})
+    assert list(text_classification.labelled(splits, "label")) == ["train", "validation"]
+    splits.pop("validation")
+    with pytest.raises(ValueError, match="label_column=label: the test data has no labels"):
+        text_classification.labelled(splits, "label")
+
+
+def test_lora_trains_and_saves_what_is_beside_the_encoder(model, texts, tmp_path):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    output = tmp_path / "result"
+    found = lora.main([f"--model={model}", f"--output_dir={output}", "--num_train_epochs=6", "--rank=4", *texts])
+    saved = load_file(output / "adapter_model.safetensors")
+    assert all(re.search(r"to_(queries|keys|values)\.lora_|pooler|classifier", name) for name in saved)
+    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name), "they start at zero"
+    base = LambdaBertForSequenceClassification.from_pretrained(model)
+    tuned = PeftModel.from_pretrained(base, output).eval()
+    encoded, labels = zip(*labelled(24, 1))
+    inputs = AutoTokenizer.from_pretrained(model)(list(encoded), padding=True, return_tensors="pt")
+    right = tuned(**inputs).logits.argmax(-1).numpy() == [label == "person" for label in labels]
+    assert right.mean() == pytest.approx(found["test_accuracy"])
+
+
+def test_spans_are_those_of_conll():
+    assert spans([]) == set() and spans(["O", "O"]) == set()
+    assert spans(["B-a", "I-a", "O", "B-a"]) == {("a", 0, 2), ("a", 3, 4)}
+    assert spans(["B-a", "B-a", "I-a"]) == {("a", 0, 1), ("a", 1, 3)}
+    assert spans(["I-a", "I-b", "I-b", "O"]) == {("a", 0, 1), ("b", 1, 3)}
+    assert spans(["O", "I-a", "I-a"]) == {("a", 1, 3)}
+
+
+def test_span_scores_count_whole_entities():
+    correct = [["B-a", "I-a", "O"], ["B-b", "O", "B-a"]]
+    assert span_scores(correct, correct) == {"precision": 1, "recall": 1, "f1": 1}
+    # one of three found, and two that are none: a part of an entity and another kind
+    predicted = [["B-a", "O", "O"], ["B-b", "O", "B-b"]]
+    assert span_scores(predicted, correct) == pytest.approx({"precision": 1 / 3, "recall": 1 / 3, "f1": 1 / 3})
+    assert span_scores([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "f1": 0}
+
+
+def test_token_classification(model, tmp_path):
+    output = tmp_path / "result"
+    options = [f"--model={model}", f"--output_dir={output}", "--num_train_epochs=6", "--max_seq_length=40", *QUICK]
+    options += [f"--train_file={write_conll(tmp_path / 'train.conll', tagged(64, 0))}"]
+    options += [f"--test_file={write_conll(tmp_path / 'test.conll', tagged(24, 1))}"]
+    found = token_classification.main(options)
+    assert found["test_f1"] > 0.9 and written(output, "test") == found
+    tag = pipeline("token-classification", model=str(output), device="cpu", aggregation_strategy="first")
+    words, tags = tagged(24, 1)[0]
+    assert tag(" ".join(words))[0]["entity_group"] == tags[0].removeprefix("B-")
+
+
+def test_entities_that_are_cut_off_count_as_missed(model, tmp_path):
+    """With three tokens, [CLS] and [SEP] among them, there is one word of each sentence to be seen."""
+    rows = [(["night", "fox"], ["O", "B-animal"])] * 8
+    file = write_conll(tmp_path / "train.conll", rows)
+    options = [f"--model={model}", f"--train_file={file}", f"--test_file={file}", "--max_seq_length=3", *QUICK]
+    found = token_classification.main([*options, f"--output_dir={tmp_path / 'result'}", "--max_steps=1"])
+    assert found["test_recall"] == 0
+
+
+def test_token_classification_reads_numbered_tags(model, tmp_path):
+    features = Features(
+        {"tokens": Sequence(Value("string")), "ner_tags": Sequence(ClassLabel(names=["O", "B-animal", "I-animal"]))}
+    )
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        rows = Dataset.from_dict({"tokens": [["the", "fox"]] * 4, "ner_tags": [[1, 2]] * 4}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    options = [f"--dataset_name={tmp_path / 'data'}", f"--output_dir={tmp_path / 'result'}", "--max_steps=30"]
+    found = token_classification.main([f"--model={model}", "--max_seq_length=32", *options, *QUICK])
+    assert found["test_f1"] == 1
+
+
+def test_conll_files_are_read_by_first_and_last_column(tmp_path):
+    (tmp_path / "a.conll").write_text(
+        "-DOCSTART- -X- O O\n\nEU NNP B-NP B-org\nrejects VBZ B-VP O\n\n\nParis X Y B-loc\n"
+    )
+    rows = read_tagged(str(tmp_path / "a.conll"), token_classification.TagOptions())
+    assert rows["tokens"] == [["EU", "rejects"], ["Paris"]] and rows["ner_tags"] == [["B-org", "O"], ["B-loc"]]
+
+
+def questions(count, seed, sentences=3):
+    """Contexts in which each of several subjects sees something, and the question what one of them sees."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        subjects = rng.sample(WORDS["subject"], sentences)
+        objects = rng.sample(WORDS["object"], sentences)
+        context = " ".join(f"{subject} sees {seen}." for subject, seen in zip(subjects, objects))
+        chosen = rng.randrange(sentences)
+        answers = {"text": [objects[chosen]], "answer_start": [context.index(objects[chosen])]}
+        rows.append({"question": f"{subjects[chosen]} sees", "context": context, "answers": answers})
+    return rows
+
+
+@pytest.mark.parametrize("length,stride", [(40, 8), (20, 6)])
+def test_stretches_hold_every_answer_and_give_it_back(model, length, stride):
+    """Logits that point at the labels give all answers, whether a context is one stretch or several."""
+    rows = Dataset.from_list(questions(12, 0))
+    options = question_answering.AnswerOptions(max_seq_length=length, stride=stride)
+    encoded = question_answering.encode(rows[:], AutoTokenizer.from_pretrained(model), options)
+    assert (len(encoded["row"]) > 12) == (length == 20)
+    stretches = Dataset.from_dict(dict(encoded))
+    logits = {}
+    for end in ("start", "end"):
+        logits[end] = np.zeros((len(stretches), length), dtype=np.float32)
+        logits[end][np.arange(len(stretches)), stretches[f"{end}_positions"]] = 20
+    answers = find_answers(rows, stretches, logits["start"], logits["end"])
+    assert answers == [answer["text"][0] for answer in rows["answers"]]
+
+
+def test_best_span_lies_in_the_context_and_is_in_order():
+    offsets = np.array([[-1, -1], [-1, -1], [0, 3], [4, 8], [9, 12], [-1, -1]])
+    starts, ends = np.array([9.0, 8, 1, 2, 3, 0]), np.array([9.0, 8, 5, 1, 0, 0])
+    _, first, last = best_span(starts, ends, offsets)
+    assert (first, last) == (0, 3)  # 1 + 5; the pair 3 + 5 would end before it starts
+
+
+def test_answer_scores_are_those_of_squad():
+    found = answer_scores(["The red boat!", "a boat", "night"], [["red boat"], ["a red boat", "ship"], ["day"]])
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_question_answering(model, tmp_path):
+    output = tmp_path / "result"
+    options = [f"--train_file={write_lines(tmp_path / 'train.jsonl', questions(64, 0, 1))}"]
+    options += [f"--validation_file={write_lines(tmp_path / 'valid.jsonl', questions(16, 1, 1))}"]
+    options += ["--max_seq_length=32", "--stride=8", "--num_train_epochs=6", f"--output_dir={output}"]
+    found = question_answering.main([f"--model={model}", *options, *QUICK])
+    assert found["validation_exact_match"] > 0.8 and written(output, "validation") == found
+
+
+def pairs(count, seed):
+    """Sentences of the same subject with a high score, of different ones with a low one."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        first, second = rng.sample(WORDS["subject"], 2)
+        rows += [(sentence(rng, first), sentence(rng, first), 5), (sentence(rng, first), sentence(rng, second), 0)]
+    return rows
+
+
+def test_sentence_embeddings(model, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    output, head = tmp_path / "result", ["sentence1", "sentence2", "score"]
+    options = [f"--train_file={write_csv(tmp_path / 'train.csv', head, pairs(48, 0))}"]
+    options += [f"--validation_file={write_csv(tmp_path / 'valid.csv', head, pairs(24, 1))}"]
+    options += ["--least_score=4", "--max_seq_length=32", "--num_train_epochs=4", f"--output_dir={output}"]
+    found = sentence_embeddings.main([f"--model={model}", *options, *QUICK])
+    assert found["validation_spearman"] > found["validation_spearman_before"] + 0.1
+    encode = SentenceTransformer(str(output), device="cpu").encode
+    first, second, scores = zip(*pairs(24, 1))
+    cosines = (encode(first, normalize_embeddings=True) * encode(second, normalize_embeddings=True)).sum(1)
+    ranks = [np.unique(values, return_inverse=True)[1] for values in (cosines, scores)]
+    assert np.corrcoef(np.argsort(np.argsort(cosines)), ranks[1])[0, 1] == pytest.approx(
+        found["validation_spearman"], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (["--test_file=nowhere.csv"], r"test_file=nowhere\.csv: no such file"),
+        (["--text_column=words"], "text_column=words: the t.* data has no such column; it has sentence, kind"),
+        (["--max_seq_length=41"], "max_seq_length=41: .* takes 40 tokens at most"),
+        (["--dataset_name=x"], "either --train_file or --dataset_name"),
+        (["--output_dir=."], "output_dir=. holds something already"),
+        (["--model=nowhere/at-all"], "model=nowhere/at-all is not the folder or hub name of a model"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(change, message, model, texts, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        text_classification.main([f"--model={model}", *texts, f"--output_dir={tmp_path / 'result'}", *change])
+    assert not (tmp_path / "result").exists()
+
+
+def test_classes_and_tags_that_training_lacks_are_refused(model, texts, tmp_path):
+    write_csv(tmp_path / "test.csv", ["sentence", "kind"], [("the river", "thing")])
+    with pytest.raises(ValueError, match="kind='thing' of the test data does not occur in the training data"):
+        text_classification.main([f"--model={model}", *texts, f"--output_dir={tmp_path / 'result'}"])
+    file = write_conll(tmp_path / "train.conll", tagged(4, 0))
+    for tag, message in (("B-thing", "ner_tags='B-thing' of the test data"), ("thing", "'thing' .* is not a BIO tag")):
+        other = write_conll(tmp_path / "test.conll", [(["fox"], [tag])])
+        options = [f"--model={model}", f"--train_file={file}", f"--test_file={other}", "--max_seq_length=32", *QUICK]
+        with pytest.raises(ValueError, match=message):
+            token_classification.main([*options, f"--output_dir={tmp_path / 'result'}"])
+
+
+def test_questions_without_their_answer_are_refused(model, tmp_path):
+    rows = questions(2, 0)
+    options = [f"--model={model}", f"--output_dir={tmp_path / 'result'}", "--max_seq_length=32", *QUICK]
+    for answers, message in (
+        ({"text": [], "answer_start": []}, "has a question without an answer"),
+        ({"text": ["a red boat"], "answer_start": [1]}, "answer_start=1 is not where 'a red boat' stands"),
+    ):
+        file = write_lines(tmp_path / "train.jsonl", [rows[0], rows[1] | {"answers": answers}])
+        with pytest.raises(ValueError, match=message):
+            question_answering.main([*options, f"--train_file={file}", f"--validation_file={file}"])
+
+
+@pytest.mark.parametrize("example", [text_classification, token_classification, question_answering, lora])
+def test_every_example_tells_a_mistake_in_one_line(example, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["example", "--train_file=a.csv", f"--output_dir={tmp_path / 'result'}"])
+    assert run(example.main) == 1
+    assert capsys.readouterr().err == MISSING_EVALUATION
+
+
+OPTIONS = {
+    text_classification: (text_classification.TextOptions, Training),
+    token_classification: (token_classification.TagOptions, Training),
+    question_answering: (question_answering.AnswerOptions, Training),
+    sentence_embeddings: (sentence_embeddings.PairOptions, sentence_embeddings.SentenceTraining),
+    lora: (lora.LoraOptions, Training),
+}
+
+
+def test_commands_of_documents_and_examples_parse():
+    pages = [ROOT / "README.md", ROOT / "docs" / "finetuning.md", *(Path(example.__file__) for example in OPTIONS)]
+    for example, groups in OPTIONS.items():
+        name = example.__name__.removeprefix("examples.")
+        texts = [re.sub(r"\\\n", " ", page.read_text(encoding="utf-8")) for page in pages]
+        commands = [command for text in texts for command in re.findall(rf"python -m examples\.{name} (.*)", text)]
+        assert commands, name
+        for command in commands:
+            options, training = HfArgumentParser(groups).parse_args_into_dataclasses(shlex.split(command))
+            assert (options.train_file or options.dataset_name) and training.output_dir.startswith("models/")
+
+
+def test_an_example_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "examples.sentence_embeddings", "--train_file=a.csv"]
+    done = subprocess.run([*command, f"--output_dir={tmp_path}/x"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stderr == MISSING_EVALUATION
