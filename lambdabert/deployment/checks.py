@@ -21,6 +21,8 @@ def onnx_call(file: Path) -> Call:
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
+    # threads that go on spinning after a call take the processor from what is called next
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
