@@ -33,6 +33,7 @@ from transformers import BertConfig, BertForTokenClassification, get_linear_sche
 
 from benchmarks.environment import environment
 from benchmarks.lambda_variants import running_variant
+from benchmarks.peers import bert_config
 from benchmarks.report import markdown_table, spread, write_json
 from configuration_lambdabert import LambdaBertConfig
 from modeling_lambdabert import LambdaBertForTokenClassification
@@ -130,18 +131,11 @@ def lambda_config(**fields: Any) -> LambdaBertConfig:
     )
 
 
-def bert_config() -> BertConfig:
-    return BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=ANSWERS,
-    )
+def four_headed_bert() -> BertConfig:
+    """A BERT of the same shape, with as many heads as LambdaBERT has queries."""
+    config = bert_config(lambda_config())
+    config.num_attention_heads = 4
+    return config
 
 
 # config and variant
@@ -153,7 +147,7 @@ MODELS: dict[str, tuple[Any, str | None]] = {
     "K=128, content gain": (lambda_config(key_depth=128, content_gain=True), None),
     "K=32, position embeddings": (lambda_config(key_depth=32, position_embedding_type="absolute"), None),
     "K=32, position only": (lambda_config(key_depth=32), "position only"),
-    "BERT": (bert_config(), None),
+    "BERT": (four_headed_bert(), None),
 }
 
 
