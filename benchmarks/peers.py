@@ -5,9 +5,10 @@ and heads of 64 numbers, as the published base models have.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -21,6 +22,70 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import MaskedLMOutput
+
+from lambdabert.text.masks import IGNORED_LABEL
+
+
+class FrugalMaskedLM(PreTrainedModel):
+    """A masked language model whose training step computes the logits of masked tokens alone: the same loss, sooner.
+
+    So does LambdaBERT; a comparison of seconds a step would otherwise charge its peers for logits that no loss needs.
+    """
+
+    encoder_inputs: ClassVar[tuple[str, ...]] = ("attention_mask", "token_type_ids")
+
+    def mlm_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., vocabulary] of hidden states [..., D]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> MaskedLMOutput:
+        """Inputs and labels [B, N]; logits [B, N, vocabulary], or [masked tokens, vocabulary] while it trains."""
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs = {name: given[name] for name in self.encoder_inputs}
+        hidden_states = self.base_model(input_ids, **inputs).last_hidden_state
+        if labels is None:
+            return MaskedLMOutput(logits=self.mlm_logits(hidden_states))
+        if self.training:
+            masked = labels != IGNORED_LABEL
+            hidden_states, labels = hidden_states[masked], labels[masked]
+        logits = self.mlm_logits(hidden_states)
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+        count = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        return MaskedLMOutput(loss=losses / count, logits=logits)
+
+
+class FrugalBert(FrugalMaskedLM, BertForMaskedLM):
+    def mlm_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.cls(hidden_states)
+
+
+class FrugalModernBert(FrugalMaskedLM, ModernBertForMaskedLM):
+    encoder_inputs = ("attention_mask",)
+
+    def mlm_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.head(hidden_states))
+
+
+class FrugalConvBert(FrugalMaskedLM, ConvBertForMaskedLM):
+    def mlm_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.generator_lm_head(self.generator_predictions(hidden_states))
+
+
+class FrugalFNet(FrugalMaskedLM, FNetForMaskedLM):
+    """FNet has no mask, and mixes padding in."""
+
+    encoder_inputs = ("token_type_ids",)
+
+    def mlm_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.cls(hidden_states)
 
 
 class NextSentenceBert(BertForPreTraining):
@@ -43,20 +108,6 @@ class NextSentenceBert(BertForPreTraining):
             labels=labels,
             next_sentence_label=sentence_order_label if next_sentence_label is None else next_sentence_label,
         )
-
-
-class PaddedFNet(FNetForMaskedLM):
-    """FNet, which has no mask and mixes padding in, under the arguments of the others."""
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> Any:
-        """Inputs and labels [B, N]; the mask has no effect."""
-        return super().forward(input_ids, token_type_ids, labels=labels)
 
 
 def shape(config: PreTrainedConfig) -> dict[str, Any]:
@@ -83,14 +134,14 @@ def bert_config(config: PreTrainedConfig) -> BertConfig:
 
 def bert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
     """BERT; with pairs of sentences, `BertForPreTraining`."""
-    return (BertForMaskedLM if objective == "mlm" else NextSentenceBert)(bert_config(config))
+    return (FrugalBert if objective == "mlm" else NextSentenceBert)(bert_config(config))
 
 
 def modernbert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
     """ModernBERT: rotary positions, pre-norm, GeGLU, whose three matrices share the parameters of BERT's two."""
     special = {"cls_token_id": None, "sep_token_id": None, "bos_token_id": None, "eos_token_id": None}
     dropout = {f"{part}_dropout": config.hidden_dropout_prob for part in ("embedding", "mlp", "attention")}
-    return ModernBertForMaskedLM(
+    return FrugalModernBert(
         ModernBertConfig(
             **shape(config),
             **special,
@@ -104,7 +155,7 @@ def modernbert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
 def convbert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
     """ConvBERT: half of the heads (`head_ratio` 2) attend, in place of the others stands a dynamic convolution."""
     fields = shape(config) | dropouts(config)
-    return ConvBertForMaskedLM(
+    return FrugalConvBert(
         ConvBertConfig(
             **fields,
             num_attention_heads=2 * heads(config),
@@ -117,7 +168,7 @@ def convbert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
 def fnet(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
     """FNet: a Fourier transform over tokens and depth in place of attention."""
     fields = shape(config) | {"hidden_dropout_prob": config.hidden_dropout_prob}
-    return PaddedFNet(FNetConfig(**fields, intermediate_size=config.intermediate_size))
+    return FrugalFNet(FNetConfig(**fields, intermediate_size=config.intermediate_size))
 
 
 # from a LambdaBERT's config and an objective to the peer

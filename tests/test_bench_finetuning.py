@@ -1,4 +1,4 @@
-"""The fine-tuning benchmark runs the examples once each, and its BERT is the pretraining command's twin."""
+"""The fine-tuning benchmark runs the examples once each, and its peers are pretrained as LambdaBERT is."""
 
 import json
 import re
@@ -6,18 +6,17 @@ import shutil
 
 import pytest
 import torch
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, ModernBertForMaskedLM
 
-from benchmarks import finetuning, pretrain_bert
+from benchmarks import finetuning, pretrain_peer
 from benchmarks.environment import ROOT
-from benchmarks.peers import bert_config
-from benchmarks.pretrain_bert import FrugalBert
 from benchmarks.runs import read_recipe
 from examples.text_classification import TextOptions
 from examples.token_classification import TagOptions
 from fine_tuning_support import labelled, save_tiny_model, tagged, write_conll, write_csv
 from training_support import write_recipe
 
+CHECKPOINT = str(ROOT / "checkpoints" / "wikipedia-small")
 RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "finetuning").glob("*.json"))
 OPTIONS = {"text_classification": TextOptions, "token_classification": TagOptions}
 
@@ -121,35 +120,15 @@ def test_mistakes_end_in_one_line_before_anything_is_run(change, message, recipe
     assert not (tmp_path / "output").exists()
 
 
-def test_frugal_bert_is_bert(make_config):
-    """The loss and gradients of stock BERT, in training and evaluation; in training without needless logits."""
-    frugal = FrugalBert(bert_config(make_config(hidden_size=24)))
-    stock = BertForMaskedLM(frugal.config)
-    stock.load_state_dict(frugal.state_dict())
-    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
-    masked = torch.arange(27).view(3, 9) % 4 == 0
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.where(masked, ids, -100)}
-    for training in (True, False):
-        outputs = [bert.train(training)(**inputs) for bert in (frugal, stock)]
-        torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
-        assert outputs[0].logits.shape[:-1] == ((7,) if training else (3, 9))
-        gradients = [
-            torch.autograd.grad(output.loss, bert.bert.embeddings.word_embeddings.weight)[0]
-            for output, bert in zip(outputs, (frugal, stock), strict=True)
-        ]
-        torch.testing.assert_close(*gradients)
-    half = frugal.train()(**inputs, num_items_in_batch=14).loss
-    torch.testing.assert_close(2 * half, stock.train()(**inputs).loss)
-
-
-def test_bert_is_pretrained_like_a_lambdabert(text, tmp_path):
-    """The command takes the same recipe, resumes, and ends in a folder of a BERT."""
+@pytest.mark.parametrize("name, model_class", [("bert", BertForMaskedLM), ("modernbert", ModernBertForMaskedLM)])
+def test_a_peer_is_pretrained_like_a_lambdabert(name, model_class, text, tmp_path):
+    """The command takes the same recipe, resumes, and ends in the folder of a model that `transformers` loads."""
     overrides = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_lambda_queries=4)
     options = {
         "train_file": [str(text / "train.txt")],
         "validation_file": [str(text / "valid.txt")],
         "tokenizer_name": str(text / "tokenizer"),
-        "output_dir": str(tmp_path / "bert"),
+        "output_dir": str(tmp_path / name),
         "data_cache_dir": str(tmp_path / "cache"),
         "objective": "mlm",
         "max_seq_length": 24,
@@ -158,7 +137,29 @@ def test_bert_is_pretrained_like_a_lambdabert(text, tmp_path):
     }
     for steps in (4, 6):
         recipe = write_recipe(tmp_path / "recipe.json", **options | {"max_steps": steps})
-        assert pretrain_bert.main([recipe, "--use_cpu", "--disable_tqdm=True"]) == 0
-    bert = BertForMaskedLM.from_pretrained(tmp_path / "bert")
-    assert bert.config.num_attention_heads == 1 and bert.config.hidden_size == 32
-    assert json.loads((tmp_path / "bert" / "metrics.json").read_text())["eval"]["eval_mlm_loss"] > 0
+        assert pretrain_peer.main([name, recipe, "--use_cpu", "--disable_tqdm=True"]) == 0
+    model, loading = model_class.from_pretrained(tmp_path / name, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_attention_heads == 1 and model.config.hidden_size == 32
+    assert json.loads((tmp_path / name / "metrics.json").read_text())["eval"]["eval_mlm_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("roberta", {}, "architecture='roberta'; the first argument is one of bert, convbert, fnet, modernbert"),
+        ("bert", {"objective": "sop"}, "objective=sop trains on pairs"),
+        ("bert", {"tokenizer_name": None, "model_name_or_path": CHECKPOINT}, "a new bert is trained"),
+    ],
+)
+def test_a_peer_that_cannot_be_pretrained_is_refused(name, options, message, text, tmp_path, capsys):
+    recipe = write_recipe(
+        tmp_path / "recipe.json",
+        train_file=[str(text / "train.txt")],
+        output_dir=str(tmp_path / "model"),
+        data_cache_dir=str(tmp_path / "cache"),
+        max_steps=1,
+        **{"objective": "mlm", "tokenizer_name": str(text / "tokenizer"), **options},
+    )
+    assert pretrain_peer.main([name, recipe, "--use_cpu"]) == 1
+    assert message in capsys.readouterr().err

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from transformers import set_seed
+from transformers import AutoModelForMaskedLM, set_seed
 
 from benchmarks import quality
 from benchmarks.environment import ROOT
@@ -178,6 +178,30 @@ def test_peers_have_the_same_shape_and_start(name, make_config):
     np.testing.assert_allclose(model.get_output_embeddings().bias.exp().detach(), frequencies, rtol=1e-5)
     ids, mask = torch.arange(5, 25)[None], torch.ones(1, 20, dtype=torch.long)
     assert model(input_ids=ids, attention_mask=mask, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_a_peer_is_the_library_class_without_needless_logits(name, make_config):
+    """The loss and gradients of the class of `transformers`, in training and evaluation."""
+    peer = PEERS[name](make_config(hidden_size=64, num_hidden_layers=1), "mlm")
+    stock = AutoModelForMaskedLM.from_config(peer.config)
+    stock.load_state_dict(peer.state_dict())
+    ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(27).view(3, 9) % 4 == 0, ids, -100)
+    inputs = {"input_ids": ids, "labels": labels}
+    if name != "fnet":
+        inputs["attention_mask"] = torch.ones_like(ids)
+    for training in (True, False):
+        outputs = [model.train(training)(**inputs) for model in (peer, stock)]
+        torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+        assert outputs[0].logits.shape[:-1] == ((7,) if training else (3, 9))
+        gradients = [
+            torch.autograd.grad(output.loss, model.get_input_embeddings().weight)[0]
+            for output, model in zip(outputs, (peer, stock), strict=True)
+        ]
+        torch.testing.assert_close(*gradients)
+    half = peer.train()(**inputs, num_items_in_batch=14).loss
+    torch.testing.assert_close(2 * half, stock.train()(**inputs).loss)
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(text, tmp_path, monkeypatch):

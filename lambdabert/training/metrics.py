@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
 from lambdabert.text.masks import IGNORED_LABEL
@@ -21,16 +21,16 @@ SENTENCE_LABELS = [objective.sentence_label for objective in OBJECTIVES.values()
 
 
 @contextmanager
-def logits_of(model: nn.Module, masked: torch.Tensor) -> Iterator[None]:
-    """Within this context an MLM head sees the masked tokens alone, and gives logits [M, vocab_size].
+def logits_of(model: PreTrainedModel, masked: torch.Tensor) -> Iterator[None]:
+    """Within this context an MLM head gives the logits of the masked tokens alone, [M, vocab_size].
 
-    The head, a product with the whole vocabulary for each token, is most of a small model's work.
+    Its product with the whole vocabulary is most of a small model's work.
 
     Args:
         model: one with an MLM head.
         masked: bool [B, N].
     """
-    hook = model.get_submodule("cls.predictions").register_forward_pre_hook(
+    hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda module, hidden_states: (hidden_states[0][masked],)
     )
     try:
