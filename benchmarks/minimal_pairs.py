@@ -12,7 +12,8 @@ arXiv 1910.14659). With the content lambdas of all layers
 - `swapped`: those of another sentence, the good one of a pair of another paradigm, the same for both of a pair;
 - `zero`: left out.
 
-Intervals are bootstraps over pairs for a phenomenon, over paradigms for all of them.
+A masked language model of another architecture is judged intact alone. Intervals are bootstraps over pairs for a
+phenomenon, over paradigms for all of them.
 """
 
 import argparse
@@ -20,21 +21,24 @@ import csv
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import replace_lambdas, trace_lambdas
 from lambdabert.interpretation.intervals import bootstrap_interval
-from lambdabert.interpretation.loading import LoadedModel
+from lambdabert.training.metrics import logits_of
+from modeling_lambdabert import LambdaBertPreTrainedModel
 
-CONDITIONS = ("intact", "mean", "swapped", "zero")
 PAIRS_AT_ONCE = 8
+BATCH = 32  # sentences
 COLUMNS = ("term", "paradigm", "good", "bad")
 
 Pair = dict[str, str]
@@ -71,49 +75,71 @@ def shifts(pairs: Sequence[Pair]) -> list[int]:
     ]
 
 
-def whole_contents(loaded: LoadedModel, sentences: Sequence[str]) -> list[torch.Tensor]:
+def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A masked language model in float32 and evaluation mode, and its tokenizer."""
+    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> Any:
+    return tokenizer(list(sentences), return_tensors="pt", padding=True)
+
+
+def whole_contents(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]
+) -> list[torch.Tensor]:
     """Content lambdas of each layer, [S, K, V], of sentences without a mask."""
-    traces = [trace_lambdas(loaded.model, inputs) for inputs in loaded.batches(sentences, "pairs")]
+    batches = [sentences[start : start + BATCH] for start in range(0, len(sentences), BATCH)]
+    traces = [trace_lambdas(model, encode(tokenizer, batch)) for batch in batches]
     return [torch.cat(layer) for layer in zip(*([one.content for one in trace.layers] for trace in traces))]
 
 
 @torch.no_grad()
-def pseudo_log_likelihoods(loaded: LoadedModel, sentences: Sequence[str], contents: Contents) -> torch.Tensor:
+def pseudo_log_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], contents: Contents
+) -> torch.Tensor:
     """[S], nats; contents are [S, K, V] in the place of the sentences' own."""
-    inputs = loaded.encode(sentences, "pairs")
+    inputs = encode(tokenizer, sentences)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    special = torch.tensor(loaded.tokenizer.all_special_ids)
+    special = torch.tensor(tokenizer.all_special_ids)
     rows, places = (mask.bool() & ~torch.isin(ids, special)).nonzero(as_tuple=True)
     masked = ids[rows]
-    each = torch.arange(len(rows))
-    truth = masked[each, places]
-    masked[each, places] = loaded.tokenizer.mask_token_id
-    with replace_lambdas(loaded.model, {layer: content[rows] for layer, content in contents.items()}):
-        states = loaded.model.base_model(input_ids=masked, attention_mask=mask[rows]).last_hidden_state
-    logits = loaded.model.cls.predictions(states[each, places])
+    at = torch.nn.functional.one_hot(places, ids.shape[1]).bool()
+    truth = masked[at]
+    masked[at] = tokenizer.mask_token_id
+    replaced = {layer: content[rows] for layer, content in contents.items()}
+    with replace_lambdas(model, replaced) if replaced else nullcontext(), logits_of(model, at):
+        logits = model(input_ids=masked, attention_mask=mask[rows]).logits
     likelihoods = -torch.nn.functional.cross_entropy(logits, truth, reduction="none")
     return torch.zeros(len(ids)).index_add(0, rows, likelihoods)
 
 
-def judge(loaded: LoadedModel, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
-    """[pairs], 1 where the good sentence is likelier, in each condition."""
-    good = whole_contents(loaded, [pair["good"] for pair in pairs])
-    bad = whole_contents(loaded, [pair["bad"] for pair in pairs])
-    means = [torch.cat(both).mean(0) for both in zip(good, bad)]
+def contents_of_conditions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> dict[str, list[torch.Tensor]]:
+    """For each condition but `intact` the content lambdas of each layer, [pairs, K, V]."""
+    good = whole_contents(model, tokenizer, [pair["good"] for pair in pairs])
+    bad = whole_contents(model, tokenizer, [pair["bad"] for pair in pairs])
     others = shifts(pairs)
-    right: dict[str, list[torch.Tensor]] = {condition: [] for condition in CONDITIONS}
+    return {
+        "mean": [torch.cat(both).mean(0).expand_as(both[0]) for both in zip(good, bad)],
+        "swapped": [content[others] for content in good],
+        "zero": [torch.zeros_like(content) for content in good],
+    }
+
+
+def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+    """[pairs], 1 where the good sentence is likelier, in each condition."""
+    replaced: dict[str, list[torch.Tensor]] = {"intact": []}
+    if isinstance(model, LambdaBertPreTrainedModel):
+        replaced |= contents_of_conditions(model, tokenizer, pairs)
+    right: dict[str, list[torch.Tensor]] = {condition: [] for condition in replaced}
     for start in tqdm(range(0, len(pairs), PAIRS_AT_ONCE), unit="batch"):
-        some = pairs[start : start + PAIRS_AT_ONCE]
-        sentences = [pair[which] for which in ("good", "bad") for pair in some]
-        swapped = [content[others[start : start + len(some)]].repeat(2, 1, 1) for content in good]
-        conditions = {
-            "intact": [],
-            "mean": [mean.expand(len(sentences), -1, -1) for mean in means],
-            "swapped": swapped,
-            "zero": [torch.zeros_like(content) for content in swapped],
-        }
-        for condition, contents in conditions.items():
-            first, second = pseudo_log_likelihoods(loaded, sentences, dict(enumerate(contents))).chunk(2)
+        some = slice(start, start + PAIRS_AT_ONCE)
+        sentences = [pair[which] for which in ("good", "bad") for pair in pairs[some]]
+        for condition, layers in replaced.items():
+            contents = {layer: content[some].repeat(2, 1, 1) for layer, content in enumerate(layers)}
+            first, second = pseudo_log_likelihoods(model, tokenizer, sentences, contents).chunk(2)
             right[condition].append((first > second).double())
     return {condition: torch.cat(found) for condition, found in right.items()}
 
@@ -143,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     with one_line_errors():
         pairs = draw_pairs(options.pairs, options.per_paradigm, options.seed)
-        loaded = LoadedModel(options.model)
+        model, tokenizer = load(options.model)
     taken_with = environment()
-    right = judge(loaded, pairs)
+    right = judge(model, tokenizer, pairs)
     paradigms = list(dict.fromkeys(pair["paradigm"] for pair in pairs))
     groups = torch.tensor([paradigms.index(pair["paradigm"]) for pair in pairs])
     results = {"all": summarise(right, torch.ones(len(pairs), dtype=torch.bool), groups)}
@@ -154,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = {name: str(value) for name, value in vars(options).items() if name != "output"}
     write_json(options.output, {"arguments": arguments, "phenomena": results, "environment": taken_with})
     for name, found in results.items():
-        shown = "  ".join(f"{condition} {found[condition]['accuracy']:.3f}" for condition in CONDITIONS)
+        shown = "  ".join(f"{condition} {found[condition]['accuracy']:.3f}" for condition in right)
         print(f"{name:28}{found['pairs']:6}  {shown}")
     return 0
 
