@@ -8,8 +8,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, each small
 
+import datasets
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, Phase, settings
 from transformers import AutoTokenizer
 
@@ -21,13 +23,17 @@ settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)
-def log_levels():
-    """Gives loggers back the levels that a command sets in the process of a test."""
+def what_a_command_sets():
+    """Takes back what a command sets in the process of a test: tests start others in forks of it, which inherit that."""
+    handlers = logging.root.handlers[:]
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     levels = {logger: logger.level for logger in loggers}
     yield
     for logger, level in levels.items():
         logger.setLevel(level)
+    logging.root.handlers[:] = [handler for handler in logging.root.handlers if handler in handlers]
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
 
 
 MODEL_CLASS_NAMES = [
