@@ -24,7 +24,7 @@ settings.load_profile("same")
 
 @pytest.fixture(autouse=True)
 def what_a_command_sets():
-    """Takes back what a command sets in the process of a test: tests start others in forks of it, which inherit that."""
+    """Takes back what a command sets in the process of a test: others are started in forks, which inherit that."""
     handlers = logging.root.handlers[:]
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     levels = {logger: logger.level for logger in loggers}
