@@ -9,6 +9,7 @@ README.md lists the commands, their recipes and every recorded result. What seve
     encoders           the models whose speed is compared
     calls              one timed call of such a model, and its peak memory
     attention_features what a probe is given of a BERT's attention weights
+    masked_text        masked language models on masked text of given lengths
     peers              other encoders, to be trained beside LambdaBERT
     lambda_variants    changes of a model that are not settings of the library
 """

@@ -14,23 +14,15 @@ MLM loss in nats per masked token, in float32, with the content lambdas of all l
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoTokenizer
 
 import lambda_layer
-from benchmarks.environment import environment
-from benchmarks.report import write_json
-from lambdabert.text.arguments import DataArguments
-from lambdabert.text.masks import masking_collator
-from lambdabert.text.preparation import prepare_examples
-from lambdabert.text.sources import load_corpus
+from benchmarks import masked_text
+from benchmarks.runs import one_line_errors
 from modeling_lambdabert import LambdaBertForMaskedLM
-
-SEED = 42  # of masks and of the order of examples: neighbours are of different articles
 
 
 class ContentLambdas:
@@ -95,51 +87,30 @@ def losses(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]]) -> d
     }
 
 
-def make_batches(tokenizer: Any, file: Path, length: int, examples: int, batch_size: int) -> list[dict[str, Any]]:
-    """Masked batches of examples of exactly `length` tokens."""
-    arguments = DataArguments(validation_file=[str(file)], objective="mlm", max_seq_length=length)
-    documents = load_corpus(arguments, train=False)["validation"]
-    rows, _ = prepare_examples(documents, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
-    rows = rows.filter(lambda row: len(row["input_ids"]) == length).shuffle(seed=SEED)
-    rows = rows.select(range(min(len(rows), examples) // batch_size * batch_size))
-    collate = masking_collator(tokenizer, arguments, seed=SEED)
-    return [collate([rows[i] for i in range(start, start + batch_size)]) for start in range(0, len(rows), batch_size)]
+def measure(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The losses, and over how many masked tokens they are taken."""
+    count = int(sum((batch["labels"] != -100).sum() for batch in batches))
+    return {"masked tokens": count} | losses(model, batches)
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.content_lambda", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("model", type=Path, help="folder of a LambdaBERT with its tokenizer")
-    parser.add_argument("text", type=Path, help="file that the model was not trained on")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens of an example")
-    parser.add_argument("--tokens", type=int, default=65536, help="at most so many tokens of each length")
-    parser.add_argument("--batch_tokens", type=int, default=4096)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    return parser.parse_args(argv)
+    return masked_text.parse_command("content_lambda", __doc__, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
     options = parse_command(argv)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = LambdaBertForMaskedLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    result: dict[str, Any] = {
-        "model": options.model.name,
-        "text": options.text.name,
-        "environment": environment("datasets"),
-    }
-    if model.config.content_gain:
-        gains = [layer.attention.self.content_gain for layer in model.bert.encoder.layer]
-        result["root mean square of each layer's gain"] = [gain.square().mean().sqrt().item() for gain in gains]
-    for length in options.lengths:
-        batches = make_batches(
-            tokenizer, options.text, length, options.tokens // length, max(2, options.batch_tokens // length)
-        )
-        count = int(sum((batch["labels"] != -100).sum() for batch in batches))
-        result[f"{length} tokens"] = {"masked tokens": count} | losses(model, batches)
-        print(length, result[f"{length} tokens"], flush=True)
-    write_json(options.output, result)
+    with one_line_errors():
+        model, tokenizer = masked_text.load(options.model)
+        if not isinstance(model, LambdaBertForMaskedLM):
+            raise ValueError(
+                f"model={options.model} is of type {model.config.model_type}, which has no content lambdas."
+            )
+        about = {}
+        if model.config.content_gain:
+            gains = [layer.attention.self.content_gain for layer in model.bert.encoder.layer]
+            about["root mean square of each layer's gain"] = [gain.square().mean().sqrt().item() for gain in gains]
+        masked_text.measure_lengths(options, tokenizer, about, lambda batches: measure(model, batches))
     return 0
 
 

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.environment import environment
+from benchmarks.masked_text import load
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import replace_lambdas, trace_lambdas
@@ -49,13 +50,15 @@ def draw_pairs(file: Path, count: int, seed: int) -> list[Pair]:
     """`count` pairs of each paradigm, in a random order.
 
     Raises:
-        ValueError: a file without the columns, or with too few pairs.
+        ValueError: a file without the columns, with too few pairs, or with a pair that lacks a sentence.
     """
     with file.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     if not rows or not set(COLUMNS) <= set(rows[0]):
         raise ValueError(f"pairs={file} lacks one of the columns {', '.join(COLUMNS)}, separated by tabs.")
     generator = random.Random(seed)
+    if any(not (row["good"] or "").strip() or not (row["bad"] or "").strip() for row in rows):
+        raise ValueError(f"pairs={file} has a pair without a good or without a bad sentence; give both.")
     found = []
     for paradigm in dict.fromkeys(row["paradigm"] for row in rows):
         pairs = [row for row in rows if row["paradigm"] == paradigm]
@@ -73,12 +76,6 @@ def shifts(pairs: Sequence[Pair]) -> list[int]:
         next((i + j) % count for j in range(1, count) if pairs[(i + j) % count]["paradigm"] != pair["paradigm"])
         for i, pair in enumerate(pairs)
     ]
-
-
-def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A masked language model in float32 and evaluation mode, and its tokenizer."""
-    model = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> Any:

@@ -15,16 +15,14 @@ the losses, in nats per masked token, are of the others. Any masked language mod
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.content_lambda import make_batches
-from benchmarks.environment import environment
-from benchmarks.report import write_json
+from benchmarks import masked_text
+from benchmarks.runs import one_line_errors
 from lambdabert.text.masks import IGNORED_LABEL
 from lambdabert.training.metrics import logits_of
 
@@ -98,37 +96,15 @@ def measure(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> dict[s
 
 
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.unigram_cache", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("model", type=Path, help="folder of a masked language model with its tokenizer")
-    parser.add_argument("text", type=Path, help="file that the model was not trained on")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens of an example")
-    parser.add_argument("--tokens", type=int, default=65536, help="at most so many tokens of each length")
-    parser.add_argument("--batch_tokens", type=int, default=4096)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    return parser.parse_args(argv)
+    return masked_text.parse_command("unigram_cache", __doc__, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
     options = parse_command(argv)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForMaskedLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    result: dict[str, Any] = {
-        "model": options.model.name,
-        "text": options.text.name,
-        "environment": environment("datasets"),
-    }
-    for length in options.lengths:
-        batches = make_batches(
-            tokenizer, options.text, length, options.tokens // length, max(2, options.batch_tokens // length)
-        )
-        if len(batches) < 2:
-            raise SystemExit(f"error: text={options.text} has too few examples of {length} tokens to fit and to test.")
-        result[f"{length} tokens"] = measure(model, batches)
-        print(length, result[f"{length} tokens"], flush=True)
-    write_json(options.output, result)
+    with one_line_errors():
+        model, tokenizer = masked_text.load(options.model)
+        masked_text.measure_lengths(options, tokenizer, {}, lambda batches: measure(model, batches), least=2)
     return 0
 
 

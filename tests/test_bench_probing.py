@@ -174,6 +174,10 @@ class TestMinimalPairs:
         assert all(0 <= found["all"][condition]["accuracy"] <= 1 for condition in conditions)
         with pytest.raises(SystemExit, match="per_paradigm=5: p0 has 4 pairs; lower it"):
             minimal_pairs.main([*arguments[:-1], "5", "--output", str(tmp_path / "b.json")])
+        with (tmp_path / "pairs.tsv").open("a", encoding="utf-8") as file:
+            file.write("\nt0\tp0\t\tthe sees fox")
+        with pytest.raises(SystemExit, match="has a pair without a good or without a bad sentence"):
+            minimal_pairs.main([*arguments, "--output", str(tmp_path / "b.json")])
 
 
 class TestChannels:

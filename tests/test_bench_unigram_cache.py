@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-import modeling_lambdabert  # noqa: F401  registers the model type
-from benchmarks import unigram_cache
+from benchmarks import content_lambda, unigram_cache
 from benchmarks.unigram_cache import Predictions, frequencies, loss, measure, predict
-from modeling_lambdabert import LambdaBertForMaskedLM
+from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertModel
 
 
 @pytest.fixture
@@ -82,3 +81,25 @@ def test_command(text, tmp_path, make_config):
     assert found["16 tokens"]["loss"] > 0 and set(found) == {"model", "text", "environment", "16 tokens"}
     with pytest.raises(SystemExit, match="too few examples of 100 tokens"):
         unigram_cache.main([*arguments, "--lengths", "100"])
+    with pytest.raises(SystemExit, match="too few examples of 100 tokens"):
+        content_lambda.main([*arguments, "--lengths", "100"])
+
+
+def test_a_model_that_would_be_completed_at_random_is_refused(text, tmp_path, make_config):
+    config = make_config(vocab_size=200)
+    LambdaBertModel(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(tmp_path / "model")
+    for command in (unigram_cache, content_lambda):
+        with pytest.raises(SystemExit, match="is no masked language model: it lacks cls.predictions"):
+            command.main([str(tmp_path / "model"), str(text / "valid.txt"), "--output", str(tmp_path / "out.json")])
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_content_lambdas_of_a_bert_are_refused(text, tmp_path):
+    config = BertConfig(
+        vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(tmp_path / "bert")
+    with pytest.raises(SystemExit, match="is of type bert, which has no content lambdas"):
+        content_lambda.main([str(tmp_path / "bert"), str(text / "valid.txt"), "--output", str(tmp_path / "out.json")])
