@@ -47,7 +47,10 @@ TASKS = {
     "LambdaBertForTokenClassification": "token-classification",
 }
 EXAMPLES = ("sentences", "stretches")
-MASKING_OPTIONS = ("mlm_probability", "mask_replace_prob", "random_replace_prob", "whole_word_mask")
+MASKING_OPTIONS = (
+    *("mlm_probability", "eval_mlm_probability", "mask_replace_prob", "random_replace_prob"),
+    "whole_word_mask",
+)
 UNPLANNED_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
@@ -321,8 +324,8 @@ class Distillation(TrainingRun):
         """Steps of the first stage."""
         return steps_of_first_stage(self.training_args.attention_steps, self.steps)
 
-    def collator(self) -> MaskingCollator:
-        collator = masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed)
+    def collator(self, *, training: bool) -> MaskingCollator:
+        collator = masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed, training=training)
         collator.mlm = "masked_tokens" in self.weights.used
         return collator
 

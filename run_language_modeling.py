@@ -229,8 +229,8 @@ class Pretraining(TrainingRun):
         start = {f"argument {name}": getattr(self.model_args, name) for name in TOKENIZER_AND_START_FIELDS}
         return self.run_settings(**start)
 
-    def collator(self) -> MaskingCollator:
-        return masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed)
+    def collator(self, *, training: bool) -> MaskingCollator:
+        return masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed, training=training)
 
     def evaluate(self, trainer: InterruptibleTrainer) -> dict[str, float]:
         """The final evaluation and, for comparison, what word frequencies alone reach on the same masked tokens."""

@@ -50,7 +50,7 @@ def make_batches(
     rows, _ = prepare_examples(documents, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
     rows = rows.filter(lambda row: len(row["input_ids"]) == length).shuffle(seed=SEED)
     rows = rows.select(range(min(len(rows), examples) // batch_size * batch_size))
-    collate = masking_collator(tokenizer, arguments, seed=SEED)
+    collate = masking_collator(tokenizer, arguments, seed=SEED, training=False)
     return [collate([rows[i] for i in range(start, start + batch_size)]) for start in range(0, len(rows), batch_size)]
 
 

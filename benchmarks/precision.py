@@ -58,7 +58,7 @@ def masked_batches(folder: Path, text: str, batch_size: int, count: int) -> Iter
     arguments = DataArguments(validation_file=[text], objective="mlm")
     rows = load_corpus(arguments, train=False)["validation"]
     examples, _ = prepare_examples(rows, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
-    collate = masking_collator(tokenizer, arguments, seed=SEED)
+    collate = masking_collator(tokenizer, arguments, seed=SEED, training=False)
     for start in range(0, min(len(examples), count * batch_size), batch_size):
         yield collate([examples[i] for i in range(start, min(start + batch_size, len(examples)))])
 

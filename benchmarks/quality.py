@@ -78,6 +78,7 @@ def command_options(recipe: Recipe, name: str, learning_rate: float, seed: int, 
     model = recipe["models"][name]
     evaluations = (recipe["pretraining"] | model.get("options", {})).get("eval_steps")
     return {
+        "mlm_probability": 0.15,  # BERT's, of the recipes that name none
         **recipe["pretraining"],
         "output_dir": str(folder),
         "config_overrides": {**recipe["pretraining"].get("config_overrides", {}), **model.get("config", {})},

@@ -60,21 +60,24 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         return masked[0], labels[0]
 
 
-def masking_collator(tokenizer: PreTrainedTokenizerBase, arguments: TextArguments, *, seed: int) -> MaskingCollator:
-    """Returns a collator for training, or, as long as its epoch stays 0, for evaluation.
+def masking_collator(
+    tokenizer: PreTrainedTokenizerBase, arguments: TextArguments, *, seed: int, training: bool
+) -> MaskingCollator:
+    """Returns a collator for training, or for evaluation, whose epoch stays 0.
 
     Raises:
         ValueError: If the tokenizer lacks a special token, or whole words are wanted of one that is not WordPiece.
     """
     whole_words = arguments.whole_word_mask
+    share = arguments.mlm_probability if training else arguments.eval_mlm_probability
     check_tokenizer(tokenizer, whole_word_mask=whole_words)
     return MaskingCollator(
         tokenizer,
-        mlm_probability=1.0 if whole_words else arguments.mlm_probability,
+        mlm_probability=1.0 if whole_words else share,
         mask_replace_prob=arguments.mask_replace_prob,
         random_replace_prob=arguments.random_replace_prob,
         pad_to_multiple_of=arguments.pad_to_multiple_of,
         seed=seed,
-        word_probability=arguments.mlm_probability if whole_words else 1.0,
+        word_probability=share if whole_words else 1.0,
         word_continues=word_continues(tokenizer) if whole_words else None,
     )

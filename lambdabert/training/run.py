@@ -56,7 +56,7 @@ DRY_RUN_DOCUMENTS = 500
 # of weights in float32, their gradients and Adam's two moments
 BYTES_PER_PARAMETER = 16
 # what a rehearsal's short text needs
-TINY_TEXT_SETTINGS = {"pad_to_multiple_of": None, "mlm_probability": 0.5}
+TINY_TEXT_SETTINGS = {"pad_to_multiple_of": None, "mlm_probability": 0.5, "eval_mlm_probability": 0.5}
 
 Documents = dict[str, Dataset | IterableDataset]
 
@@ -176,8 +176,8 @@ class TrainingRun(ABC):
         """The settings that define the run; see `run_settings`."""
 
     @abstractmethod
-    def collator(self) -> MaskingCollator:
-        """A collator of the command's batches."""
+    def collator(self, *, training: bool) -> MaskingCollator:
+        """A collator of the command's batches, for training or for evaluation."""
 
     @abstractmethod
     def model_card(self, state: TrainerState, metrics: str) -> str:
@@ -295,8 +295,8 @@ class TrainingRun(ABC):
             train_dataset=self.examples.get("train"),
             eval_dataset=self.examples.get("validation"),
             processing_class=self.tokenizer,
-            data_collator=self.collator(),
-            eval_collator=self.collator(),
+            data_collator=self.collator(training=True),
+            eval_collator=self.collator(training=False),
             **settings,
         )
 
@@ -440,8 +440,9 @@ class TrainingRun(ABC):
 
     @property
     def evaluation_text(self) -> str | None:
-        """Distinguishes prepared texts of evaluation; None without one, or if it cannot be told."""
-        return fingerprint(self.examples.get("validation"))
+        """Distinguishes masked texts of evaluation; None without one, or if it cannot be told."""
+        text = fingerprint(self.examples.get("validation"))
+        return None if text is None else f"{text}, {self.data_args.eval_mlm_probability:g} masked"
 
     def is_reported(self) -> bool:
         """Whether the output folder holds the whole result of this run, as it was reported."""

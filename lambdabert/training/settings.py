@@ -15,7 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
 from lambdabert.text.arguments import TextArguments
 
 # where and how fast data are prepared, not what they are
-PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers", "validation_file", "max_eval_samples")
+PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers")
+# what is evaluated
+EVALUATED_FIELDS = ("validation_file", "max_eval_samples", "eval_mlm_probability")
 # arguments of the Trainer that decide neither weights nor which of them are the result
 WATCHING_FIELDS = (
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
@@ -102,7 +104,8 @@ def run_settings(
         examples: the prepared text of "train" and "validation".
         model_settings: fields of the group "model" beside the config's.
     """
-    data = {name: value for name, value in asdict(data_args).items() if name not in PLACE_AND_SPEED_FIELDS}
+    ignored = {*PLACE_AND_SPEED_FIELDS, *EVALUATED_FIELDS}
+    data = {name: value for name, value in asdict(data_args).items() if name not in ignored}
     data["prepared examples"] = fingerprint(examples.get("train"))
     data["tokenizer"] = tokenizer_hash(tokenizer)
     training = training_settings(training_args)
@@ -111,6 +114,7 @@ def run_settings(
         training["dataloader_num_workers"] = training_args.dataloader_num_workers
     if depends_on_evaluation(training_args):
         data["evaluation examples"] = fingerprint(examples.get("validation"))
+        data["eval_mlm_probability"] = data_args.eval_mlm_probability
     config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
     settings = {"data": data, "model": {**config, **model_settings}, "training": training}
     return json.loads(json.dumps(settings, default=str))

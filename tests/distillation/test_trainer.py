@@ -84,7 +84,8 @@ def make_trainer(tokenizer, tmp_path):
         )
         collators = []
         for _ in range(2):
-            collators.append(masking_collator(tokenizer, DistillationDataArguments(mlm_probability=0.4), seed=0))
+            data_args = DistillationDataArguments(mlm_probability=0.4)
+            collators.append(masking_collator(tokenizer, data_args, seed=0, training=True))
             collators[-1].mlm = "masked_tokens" in weights.used
         stage = {name: arguments.pop(name) for name in STAGE if name in arguments}
         arguments = {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 0.0, **arguments}

@@ -16,7 +16,7 @@ from text_support import END, MASK, NUMBER_OF_TOKENS, PAD, SPECIAL_TOKENS, START
 
 
 def collate(tokenizer, examples, seed=3, epoch=0, **fields):
-    collator = masking_collator(tokenizer, DataArguments(corpus="python-docs", **fields), seed=seed)
+    collator = masking_collator(tokenizer, DataArguments(corpus="python-docs", **fields), seed=seed, training=True)
     collator.set_epoch(epoch)
     return collator([dict(example) for example in examples])
 
@@ -45,6 +45,16 @@ def test_only_real_words_are_targets_and_the_rest_stays(tokenizer):
         assert not torch.isin(ids[target], torch.arange(5)).any()
         assert (batch["labels"][row, len(ids) :] == -100).all()
         assert (batch["input_ids"][row, len(ids) :] == PAD).all()
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_evaluation_has_a_share_of_its_own(tokenizer, whole_words):
+    examples, counts = masking_examples(count=200), []
+    data_args = DataArguments(corpus="python-docs", whole_word_mask=whole_words, mlm_probability=0.4)
+    for training in (True, False):
+        collator = masking_collator(tokenizer, data_args, seed=3, training=training)
+        counts.append(int((collator([dict(example) for example in examples])["labels"] != -100).sum()))
+    assert 0.13 / 0.4 < counts[1] / counts[0] < 0.17 / 0.4
 
 
 @pytest.mark.parametrize("whole_words", [False, True])
@@ -92,7 +102,9 @@ def test_a_mask_depends_only_on_seed_epoch_and_the_example(tokenizer):
 
 
 def test_a_used_collator_travels_to_a_worker(tokenizer):
-    collator = masking_collator(tokenizer, DataArguments(corpus="python-docs", whole_word_mask=True), seed=1)
+    collator = masking_collator(
+        tokenizer, DataArguments(corpus="python-docs", whole_word_mask=True), seed=1, training=True
+    )
     examples = masking_examples(count=4)
     before = collator([dict(example) for example in examples])
     after = pickle.loads(pickle.dumps(collator))([dict(example) for example in examples])

@@ -34,7 +34,7 @@ def test_whole_words_need_a_tokenizer_that_marks_word_parts(tokenizer):
     with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
         check_tokenizer(other, whole_word_mask=True)
     with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
-        masking_collator(other, DataArguments(corpus="python-docs", whole_word_mask=True), seed=1)
+        masking_collator(other, DataArguments(corpus="python-docs", whole_word_mask=True), seed=1, training=True)
 
 
 TRAINING_TEXTS = [

@@ -122,6 +122,8 @@ class TestMistakes:
             ("--lowercase", "lowercase"),
             ("--do_train --do_eval false --eval_steps 7", "eval_steps=7"),
             ("--do_train --max_eval_samples 7", "max_eval_samples=7"),
+            ("--do_train --eval_mlm_probability 0.2", "eval_mlm_probability=0.2"),
+            ("--do_train false --mlm_probability 0.2", "mlm_probability=0.2"),
             ("--eval_strategy epoch --eval_steps 7", "eval_steps=7"),
             ("--max_steps 3 --num_train_epochs 2", "num_train_epochs=2"),
             ("--lr_scheduler_type constant --warmup_steps 3", "warmup_steps=3"),

@@ -79,7 +79,7 @@ def test_evaluation_is_exact_whatever_the_batch_size(pretrained, text):
     pretraining = run_language_modeling.Pretraining(*parse_arguments([recipe]))
     pretraining.prepare()
     examples = pretraining.examples["validation"]
-    collate = masking_collator(pretraining.tokenizer, pretraining.data_args, seed=42)
+    collate = masking_collator(pretraining.tokenizer, pretraining.data_args, seed=42, training=False)
     loss = correct = masked = tokens = pairs = 0
     for example in examples:
         batch = collate([example])
