@@ -37,6 +37,7 @@ from lambdabert.training.models import (
     check_tokens,
     make_config,
     make_model,
+    peak_learning_rate,
     start_at_frequencies,
 )
 from lambdabert.training.rehearsal import TINY_SHAPE
@@ -115,10 +116,24 @@ class ModelArguments:
             )
 
 
-ARGUMENT_GROUPS = (ModelArguments, DataArguments, RunArguments)
+@dataclass
+class PretrainingArguments(RunArguments):
+    """The Trainer's arguments, with defaults that bring a new model past word frequencies."""
+
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={
+            "help": "The peak learning rate. The default is that of a model trained further; unless given, that of a "
+            "new one is 0.768 / hidden_size (1e-3 at base size), or less for steps of fewer than 4096 tokens."
+        },
+    )
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples of a step on each device."})
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
+ARGUMENT_GROUPS = (ModelArguments, DataArguments, PretrainingArguments)
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainingArguments]:
     """Reads flags, or a JSON file followed by flags that override it: one instance of each of `ARGUMENT_GROUPS`.
 
     Raises:
@@ -170,7 +185,17 @@ class Pretraining(TrainingRun):
             check_masked_sentence(args.masked_sentence, self.tokenizer.mask_token)
             config = self.config_of_tokenizer()
         check_examples_fit(config, data_args, self.objective)
+        self.set_learning_rate(config)
         check_memory(MODEL_CLASSES[self.objective.name], config, self.training_args, data_args.longest_row)
+
+    def set_learning_rate(self, config: LambdaBertConfig) -> None:
+        """Sets the rate of a new model, unless one was given."""
+        args = self.training_args
+        if self.trains and self.model_args.model_name_or_path is None and "learning_rate" not in args.given:
+            examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            tokens = examples * self.data_args.max_seq_length
+            args.learning_rate = peak_learning_rate(config.hidden_size, tokens)
+            logger.info(f"The peak learning rate is {args.learning_rate:.2g}, for {config.hidden_size} wide states.")
 
     def named_tokenizer(self) -> PreTrainedTokenizerBase:
         """Loads the tokenizer that the options name. Raises ValueError if it is not the model's."""

@@ -66,6 +66,9 @@ from lambdabert.training.report import LAMBDA_FIELDS
 from run_language_modeling import Pretraining, parse_arguments
 
 DATA_SEED = 42  # of pairs and of evaluation masks
+# what the recipes mean that do not say otherwise: BERT's share of masked tokens, and the defaults of a config
+UNCHANGED = {"mlm_probability": 0.15}
+UNCHANGED_CONFIG = {"local_context_size": None, "position_embedding_type": "absolute", "content_gain": False}
 ARCHITECTURES = ("lambdabert", *PEERS)
 FIELDS = Fields(frozenset({"pretraining"}), frozenset({"test_file"}))
 MODEL_FIELDS = Fields(
@@ -76,12 +79,17 @@ MODEL_FIELDS = Fields(
 def command_options(recipe: Recipe, name: str, learning_rate: float, seed: int, folder: Path) -> dict[str, Any]:
     """Options of the pretraining command for one run, which writes into `folder`."""
     model = recipe["models"][name]
-    evaluations = (recipe["pretraining"] | model.get("options", {})).get("eval_steps")
+    options = recipe["pretraining"] | model.get("options", {})
+    evaluations = options.get("eval_steps")
     return {
-        "mlm_probability": 0.15,  # BERT's, of the recipes that name none
+        **UNCHANGED,
         **recipe["pretraining"],
         "output_dir": str(folder),
-        "config_overrides": {**recipe["pretraining"].get("config_overrides", {}), **model.get("config", {})},
+        "config_overrides": {
+            **({} if options.get("model_name_or_path") else UNCHANGED_CONFIG),
+            **recipe["pretraining"].get("config_overrides", {}),
+            **model.get("config", {}),
+        },
         "learning_rate": learning_rate,
         "max_steps": model["max_steps"],
         "do_train": True,

@@ -20,6 +20,11 @@ from lambdabert.training.recipes import parse_overrides
 
 logger = logging.getLogger(__name__)
 
+# what a new model has, unless a config or overrides say otherwise: it learns sooner than with the defaults of a config
+# (docs/results.md)
+NEW_MODEL = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True}
+# peak learning rate x hidden_size of a new model, for steps of so many tokens
+RATE_TIMES_WIDTH, RATED_TOKENS = 0.768, 4096
 # prefixes of the names of an encoder's weights
 ENCODER = ("embeddings.", "encoder.")
 
@@ -30,7 +35,7 @@ def make_config(
     """Builds the config of a model.
 
     Args:
-        name: a folder, file or hub name of the config; None: a new one of base size.
+        name: a folder, file or hub name of the config; None: a new one of base size, with the fields of `NEW_MODEL`.
         option: where the user named it.
         overrides: fields to change in it.
         tokens: the size of the tokenizer's vocabulary, for a new config.
@@ -41,7 +46,7 @@ def make_config(
     """
     changes = parse_overrides(overrides)
     if name is None:
-        values: dict[str, Any] = {"vocab_size": tokens, "pad_token_id": padding}
+        values: dict[str, Any] = {**NEW_MODEL, "vocab_size": tokens, "pad_token_id": padding}
     else:
         try:
             values, _ = LambdaBertConfig.get_config_dict(name)
@@ -57,6 +62,16 @@ def make_config(
     if unknown:
         raise ValueError(f"config_overrides: LambdaBertConfig has no field {', '.join(unknown)}.")
     return LambdaBertConfig(**{**values, **changes})
+
+
+def peak_learning_rate(hidden_size: int, tokens: int) -> float:
+    """A peak learning rate for a new model: one that was found at one width serves others (docs/results.md).
+
+    Args:
+        hidden_size: D, to which it is in inverse proportion.
+        tokens: of a step; few of them are noisy, and lower it by their square root.
+    """
+    return RATE_TIMES_WIDTH / hidden_size * min(1.0, tokens / RATED_TOKENS) ** 0.5
 
 
 def check_examples_fit(config: LambdaBertConfig, data_args: TextArguments, objective: Objective) -> None:

@@ -153,9 +153,13 @@ class TestMistakes:
             ("--config_overrides intermediate_size=1000000000", "intermediate_size=1000000000"),
             ("--config_overrides hidden_size=8000000000000000000", "tensor"),
             ("--per_device_train_batch_size 1000000000", "per_device_train_batch_size"),
-            ("--max_seq_length 600", "max_position_embeddings"),
+            ("--max_seq_length 600 --config_overrides position_embedding_type=absolute", "max_position_embeddings"),
             ("--max_seq_length 4", "max_seq_length"),
-            ("--pad_to_multiple_of 1000000000", "pad_to_multiple_of=1000000000"),
+            ("--pad_to_multiple_of 1000000000", "1000000000 tokens"),
+            (
+                "--pad_to_multiple_of 1000 --config_overrides position_embedding_type=absolute",
+                "pad_to_multiple_of=1000",
+            ),
             ("--config_name nowhere", "nowhere"),
             ("--model_name_or_path nowhere", "nowhere"),
             ("--train_tokenizer", "tokenizer_name"),
@@ -166,7 +170,7 @@ class TestMistakes:
     def test_options(self, capfd, tmp_path, text, prepared, flags, named):
         values = {**sources(text), "use_cpu": True, "disable_tqdm": True}
         if "masked_sentence" in flags and "fox" in flags:
-            values["config_overrides"] = {"max_position_embeddings": 128}
+            values["config_overrides"] = {"max_position_embeddings": 128, "position_embedding_type": "absolute"}
         if "train_tokenizer" in flags and "vocab_size" in flags:
             del values["tokenizer_name"]
         if "--do_train" in flags.split():

@@ -1,4 +1,4 @@
-"""Loading a model to be trained further."""
+"""Models to be pretrained: what a new one is like, and loading one to be trained further."""
 
 import json
 import math
@@ -8,9 +8,33 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configuration_lambdabert import LambdaBertConfig
-from lambdabert.training.models import make_model
+from lambdabert.training.models import make_config, make_model, peak_learning_rate
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
 from training_support import RECIPE
+
+NEW = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True}
+
+
+def lambda_fields(config):
+    return {name: getattr(config, name) for name in NEW}
+
+
+class TestNewModel:
+    def test_starts_as_measured_unless_told_otherwise(self):
+        config = make_config(None, "config_name", "hidden_size=192", tokens=60, padding=0)
+        assert lambda_fields(config) == NEW and config.hidden_size == 192 and config.longest_sequence is None
+        told = {"local_context_size": None, "position_embedding_type": "absolute", "content_gain": False}
+        assert lambda_fields(make_config(None, "config_name", told, tokens=60, padding=0)) == told
+
+    def test_a_saved_config_keeps_its_meaning(self, tmp_path):
+        LambdaBertConfig().save_pretrained(tmp_path)
+        config = make_config(str(tmp_path), "config_name", None, tokens=60, padding=0)
+        assert lambda_fields(config) == lambda_fields(LambdaBertConfig())
+
+    def test_rate_goes_with_width_and_falls_for_small_steps(self):
+        assert peak_learning_rate(192, 4096) == pytest.approx(4e-3)
+        assert peak_learning_rate(768, 4096) == pytest.approx(1e-3) == peak_learning_rate(768, 65536)
+        assert peak_learning_rate(768, 1024) == pytest.approx(5e-4)
 
 
 class TestStoredModel:

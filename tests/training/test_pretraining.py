@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 import run_language_modeling
 from lambdabert.text.masks import masking_collator
+from lambdabert.training.models import peak_learning_rate
 from modeling_lambdabert import LambdaBertForPreTrainingSOP
 from run_language_modeling import parse_arguments
 from training_support import RECIPE, finish, run_card_snippet, sources, start_command, write_recipe
@@ -141,6 +142,19 @@ def test_recipes_dry_run(recipe, text, tmp_path):
 
 def test_all_recipes_are_there():
     assert [file.stem for file in RECIPES] == ["demo", "wikipedia", "wikipedia_small", "wikitext103", "wikitext2"]
+
+
+@pytest.mark.parametrize("further", [False, True])
+def test_learning_rate_that_is_not_given(text, pretrained, tmp_path, further):
+    trained = {"model_name_or_path": str(pretrained[0]), "config_overrides": None, "tokenizer_name": None}
+    changes = trained if further else {}
+    recipe = write_recipe(
+        tmp_path / "r.json", output_dir=str(tmp_path / "run"), learning_rate=None, **sources(text, **changes)
+    )
+    pretraining = run_language_modeling.Pretraining(*parse_arguments([recipe]))
+    pretraining.prepare()
+    assert pretraining.training_args.learning_rate == (1e-4 if further else peak_learning_rate(32, 4 * 32))
+    assert pretraining.settings["training"]["learning_rate"] == pretraining.training_args.learning_rate
 
 
 def test_streaming_trains(text, tmp_path):
