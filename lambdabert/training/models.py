@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 # what a new model has, unless a config or overrides say otherwise: it learns sooner than with the defaults of a config
 # (docs/results.md)
 NEW_MODEL = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True}
-# peak learning rate x hidden_size of a new model, for steps of so many tokens
-RATE_TIMES_WIDTH, RATED_TOKENS = 0.768, 4096
+# the peak learning rate of a new model of so many layers, so wide, with steps of so many tokens
+RATE, RATED_LAYERS, RATED_WIDTH, RATED_TOKENS = 4e-3, 4, 192, 4096
 # prefixes of the names of an encoder's weights
 ENCODER = ("embeddings.", "encoder.")
 
@@ -64,14 +64,16 @@ def make_config(
     return LambdaBertConfig(**{**values, **changes})
 
 
-def peak_learning_rate(hidden_size: int, tokens: int) -> float:
-    """A peak learning rate for a new model: one that was found at one width serves others (docs/results.md).
+def peak_learning_rate(layers: int, hidden_size: int, tokens: int) -> float:
+    """A peak learning rate for a new model: that of one size carries over to others (docs/results.md).
 
     Args:
-        hidden_size: D, to which it is in inverse proportion.
-        tokens: of a step; few of them are noisy, and lower it by their square root.
+        layers: the rate falls with their square root.
+        hidden_size: D; the rate is in inverse proportion to it.
+        tokens: of a step; fewer than 4096 are noisy, and lower the rate by their square root.
     """
-    return RATE_TIMES_WIDTH / hidden_size * min(1.0, tokens / RATED_TOKENS) ** 0.5
+    size = (RATED_LAYERS / layers) ** 0.5 * RATED_WIDTH / hidden_size
+    return RATE * size * min(1.0, tokens / RATED_TOKENS) ** 0.5
 
 
 def check_examples_fit(config: LambdaBertConfig, data_args: TextArguments, objective: Objective) -> None:

@@ -31,10 +31,11 @@ class TestNewModel:
         config = make_config(str(tmp_path), "config_name", None, tokens=60, padding=0)
         assert lambda_fields(config) == lambda_fields(LambdaBertConfig())
 
-    def test_rate_goes_with_width_and_falls_for_small_steps(self):
-        assert peak_learning_rate(192, 4096) == pytest.approx(4e-3)
-        assert peak_learning_rate(768, 4096) == pytest.approx(1e-3) == peak_learning_rate(768, 65536)
-        assert peak_learning_rate(768, 1024) == pytest.approx(5e-4)
+    def test_rate_falls_with_depth_width_and_small_steps(self):
+        assert peak_learning_rate(4, 192, 4096) == 4e-3 == peak_learning_rate(4, 192, 65536)
+        assert peak_learning_rate(16, 192, 4096) == pytest.approx(2e-3)
+        assert peak_learning_rate(4, 768, 4096) == pytest.approx(1e-3)
+        assert peak_learning_rate(4, 192, 1024) == pytest.approx(2e-3)
 
 
 class TestStoredModel:

@@ -153,7 +153,7 @@ def test_learning_rate_that_is_not_given(text, pretrained, tmp_path, further):
     )
     pretraining = run_language_modeling.Pretraining(*parse_arguments([recipe]))
     pretraining.prepare()
-    assert pretraining.training_args.learning_rate == (1e-4 if further else peak_learning_rate(32, 4 * 32))
+    assert pretraining.training_args.learning_rate == (1e-4 if further else peak_learning_rate(2, 32, 4 * 32))
     assert pretraining.settings["training"]["learning_rate"] == pretraining.training_args.learning_rate
 
 
