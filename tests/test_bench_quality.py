@@ -13,12 +13,27 @@ from benchmarks.environment import ROOT
 from benchmarks.lambda_variants import BERT_VARIANTS, VARIANTS, apply_variant, running_variant
 from benchmarks.peers import PEERS, bert
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.training import models
 from lambdabert.training.trainer import PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM
 from run_language_modeling import parse_arguments, start_at_frequencies
 from training_support import benchmark_options
 
 RECIPES = sorted((ROOT / "benchmarks" / "recipes" / "quality").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_what_a_recipe_does_not_say_is_what_it_was(file, tmp_path):
+    """The command's defaults may change, the runs of a recipe may not."""
+    recipe = quality.read_recipe(file, quality.FIELDS, quality.MODEL_FIELDS)
+    for name, model in recipe["models"].items():
+        options = quality.command_options(recipe, name, 1e-3, 1, tmp_path)
+        said = recipe["pretraining"] | model.get("options", {})
+        fields = recipe["pretraining"].get("config_overrides", {}) | model.get("config", {})
+        config = models.make_config(None, "config_name", options["config_overrides"], tokens=60, padding=0)
+        for field in models.NEW_MODEL:
+            assert getattr(config, field) == fields.get(field, getattr(LambdaBertConfig(), field)), (name, field)
+        assert options["mlm_probability"] == said.get("mlm_probability", 0.15)
 
 
 @pytest.fixture
