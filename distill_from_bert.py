@@ -348,13 +348,14 @@ class Distillation(TrainingRun):
     def model_card(self, state: TrainerState, metrics: str) -> str:
         name = Path(str(self.training_args.output_dir)).resolve().name
         teacher = Path(str(self.model_args.teacher))
+        text = {"max_seq_length": self.data_args.max_seq_length}
         return read_template(TEMPLATES, "model_card.md").format(
             name=name,
             library="transformers" if self.sentence_transformer is None else "sentence-transformers",
             teacher=teacher.resolve().name if teacher.exists() else self.model_args.teacher,
             use=self.example_of_use(quoted(name)),
             data=describe_data(self.data_args, self.summaries),
-            recipe=describe_recipe(self.data_args, self.training_args, self.model, state, self.earlier),
+            recipe=describe_recipe(text, self.training_args, self.model, state, self.earlier),
             losses=self.describe_losses(),
             metrics=metrics,
         )

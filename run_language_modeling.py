@@ -273,6 +273,8 @@ class Pretraining(TrainingRun):
 
     def model_card(self, state: TrainerState, metrics: str) -> str:
         name = Path(str(self.training_args.output_dir)).resolve().name
+        fields = ("max_seq_length", "mlm_probability", "eval_mlm_probability")
+        text = {name: getattr(self.data_args, name) for name in fields}
         sentence = self.model_args.masked_sentence or f"Paris is the {self.tokenizer.mask_token} of France."
         return read_template("lambdabert.training", "model_card.md").format(
             name=name,
@@ -280,7 +282,7 @@ class Pretraining(TrainingRun):
             objective=self.objective.description,
             sentence=quoted(sentence),
             data=describe_data(self.data_args, self.summaries),
-            recipe=describe_recipe(self.data_args, self.training_args, self.model, state, self.earlier),
+            recipe=describe_recipe(text, self.training_args, self.model, state, self.earlier),
             metrics=metrics,
         )
 

@@ -65,7 +65,7 @@ def make_config(
 
 
 def peak_learning_rate(layers: int, hidden_size: int, tokens: int) -> float:
-    """A peak learning rate for a new model: that of one size carries over to others (docs/results.md).
+    """A peak learning rate for a new model, three digits of it: that of one size serves others (docs/results.md).
 
     Args:
         layers: the rate falls with their square root.
@@ -73,7 +73,7 @@ def peak_learning_rate(layers: int, hidden_size: int, tokens: int) -> float:
         tokens: of a step; fewer than 4096 are noisy, and lower the rate by their square root.
     """
     size = (RATED_LAYERS / layers) ** 0.5 * RATED_WIDTH / hidden_size
-    return RATE * size * min(1.0, tokens / RATED_TOKENS) ** 0.5
+    return float(f"{RATE * size * min(1.0, tokens / RATED_TOKENS) ** 0.5:.3g}")
 
 
 def check_examples_fit(config: LambdaBertConfig, data_args: TextArguments, objective: Objective) -> None:

@@ -189,7 +189,7 @@ def describe_data(data_args: TextArguments, summaries: Mapping[str, PreparationS
 
 
 def describe_recipe(
-    data_args: TextArguments,
+    text: Mapping[str, Any],
     training_args: TrainingArguments,
     model: PreTrainedModel,
     state: TrainerState,
@@ -198,7 +198,7 @@ def describe_recipe(
     """The recipe of a model card: steps, the Trainer's settings and the config, with the values that some had before.
 
     Args:
-        data_args: how the text was prepared.
+        text: options of how the text was prepared.
         training_args: the Trainer's arguments.
         model: the trained model.
         state: the Trainer's at the end.
@@ -208,7 +208,7 @@ def describe_recipe(
     settings["lr_scheduler_type"] = SchedulerType(settings["lr_scheduler_type"]).value
     settings = {name: with_earlier_values(value, earlier.get(name)) for name, value in settings.items()}
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
-    return table({"steps": state.global_step, "max_seq_length": data_args.max_seq_length, **settings, **config})
+    return table({"steps": state.global_step, **text, **settings, **config})
 
 
 def describe_metrics(report: Mapping[str, Mapping[str, float]]) -> str:

@@ -41,6 +41,8 @@ def test_report_is_complete(pretrained):
     for said in (
         "trust_remote_code=True",
         "| learning_rate | 0.005 |",
+        "| mlm_probability | 0.3 |",
+        "| eval_mlm_probability | 0.15 |",
         "eval_mlm_loss",
         "sentence order",
         "train.txt",
