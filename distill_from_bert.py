@@ -227,7 +227,7 @@ class Distillation(TrainingRun):
         config = converted_config(bert.config, LambdaBertConfig, self.student_settings())
         advice = "lower the former or raise the latter"
         data_args.check_length(config.longest_sequence, f"the student's {limit}", advice)
-        check_memory(self.student_class, config, self.training_args, data_args.longest_row, bert.num_parameters())
+        check_memory(self.student_class, config, self.training_args, data_args, bert.num_parameters())
 
     def check_masking(self) -> None:
         """Refuses options of masking if nothing is masked. Raises ValueError."""

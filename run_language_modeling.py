@@ -186,7 +186,7 @@ class Pretraining(TrainingRun):
             config = self.config_of_tokenizer()
         check_examples_fit(config, data_args, self.objective)
         self.set_learning_rate(config)
-        check_memory(MODEL_CLASSES[self.objective.name], config, self.training_args, data_args.longest_row)
+        check_memory(MODEL_CLASSES[self.objective.name], config, self.training_args, data_args)
 
     def set_learning_rate(self, config: LambdaBertConfig) -> None:
         """Sets the rate of a new model, unless one was given."""

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.training_args import OptimizerNames
 
+from lambdabert.text.arguments import TextArguments
 from lambdabert.training.arguments import RunArguments
 
 FLOAT_BYTES = 4
@@ -46,7 +47,7 @@ def check_memory(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     args: RunArguments,
-    max_seq_length: int,
+    data_args: TextArguments,
     other_parameters: int = 0,
 ) -> None:
     """Refuses a model that certainly needs more memory than there is.
@@ -58,7 +59,7 @@ def check_memory(
         model_class: the model to be built.
         config: its config.
         args: the Trainer's arguments.
-        max_seq_length: N, tokens of an example.
+        data_args: how long the rows of a batch are.
         other_parameters: of a model that is not trained.
 
     Raises:
@@ -70,18 +71,20 @@ def check_memory(
     static = FLOAT_BYTES * (parameters * (1 + trains * (1 + 2 * adam)) + other_parameters)
     batch = 1 if args.auto_find_batch_size or not trains else args.per_device_train_batch_size
     width = 2 if args.bf16 or args.fp16 else FLOAT_BYTES
-    activations = trains * batch * max_seq_length * config.hidden_size * config.num_hidden_layers * width
+    activations = trains * batch * data_args.longest_row * config.hidden_size * config.num_hidden_layers * width
     sharing = args.world_size if args.fsdp or args.deepspeed else 1
     needed, there = static / sharing + activations, memory_of(args.device)
     if needed > there:
+        padded = data_args.longest_row > data_args.max_seq_length
+        row = f"pad_to_multiple_of={data_args.pad_to_multiple_of}" if padded else "max_seq_length"
         raise ValueError(
             f"The model has {parameters:,} parameters (hidden_size={config.hidden_size}, "
             f"num_hidden_layers={config.num_hidden_layers}, intermediate_size={config.intermediate_size}, "
             f"vocab_size={config.vocab_size}, max_position_embeddings={config.max_position_embeddings}): "
             f"at least {static / sharing / GIB:,.1f} GiB for weights{', gradients and optimizer' if trains else ''}"
             + (
-                f" and {activations / GIB:,.1f} GiB for a step of {batch} x {max_seq_length} tokens "
-                f"(per_device_train_batch_size x max_seq_length)"
+                f" and {activations / GIB:,.1f} GiB for a step of {batch} x {data_args.longest_row} tokens "
+                f"(per_device_train_batch_size x {row})"
                 if trains
                 else ""
             )

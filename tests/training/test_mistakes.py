@@ -155,7 +155,7 @@ class TestMistakes:
             ("--per_device_train_batch_size 1000000000", "per_device_train_batch_size"),
             ("--max_seq_length 600 --config_overrides position_embedding_type=absolute", "max_position_embeddings"),
             ("--max_seq_length 4", "max_seq_length"),
-            ("--pad_to_multiple_of 1000000000", "1000000000 tokens"),
+            ("--pad_to_multiple_of 1000000000", "pad_to_multiple_of=1000000000"),
             (
                 "--pad_to_multiple_of 1000 --config_overrides position_embedding_type=absolute",
                 "pad_to_multiple_of=1000",
