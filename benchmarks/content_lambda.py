@@ -66,14 +66,15 @@ def loss(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]], lambda
     return total / count
 
 
-def losses(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+def losses(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]], *, per_layer: int = 1) -> dict[str, float]:
     """The loss as it is and with each replacement.
 
     Args:
         model: in evaluation mode.
         batches: "input_ids" and "labels" [B, N], without padding, of two texts or more.
+        per_layer: how many content lambdas a layer has.
     """
-    layers = model.config.num_hidden_layers
+    layers = model.config.num_hidden_layers * per_layer
     as_they_are = ContentLambdas(layers)
     found = {"as they are": loss(model, batches, as_they_are)}
     means = as_they_are.means
@@ -101,11 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
     options = parse_command(argv)
     with one_line_errors():
-        model, tokenizer = masked_text.load(options.model)
-        if not isinstance(model, LambdaBertForMaskedLM):
-            raise ValueError(
-                f"model={options.model} is of type {model.config.model_type}, which has no content lambdas."
-            )
+        model, tokenizer = masked_text.load_lambdabert(options.model)
         about = {}
         if model.config.content_gain:
             gains = [layer.attention.self.content_gain for layer in model.bert.encoder.layer]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_lambdabert  # noqa: F401  makes the model type known to transformers
 from benchmarks.environment import environment
 from benchmarks.report import write_json
 from lambdabert.text.arguments import DataArguments
 from lambdabert.text.masks import masking_collator
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
+from modeling_lambdabert import LambdaBertForMaskedLM
 
 SEED = 42  # of masks and of the order of examples: neighbours are of different articles
 
@@ -41,16 +41,31 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def load_lambdabert(folder: str | Path) -> tuple[LambdaBertForMaskedLM, PreTrainedTokenizerBase]:
+    """The same of a LambdaBERT. Raises a `ValueError` also where it is another model."""
+    model, tokenizer = load(folder)
+    if not isinstance(model, LambdaBertForMaskedLM):
+        raise ValueError(f"model={folder} is of type {model.config.model_type}, which has no content lambdas.")
+    return model, tokenizer
+
+
 def make_batches(
-    tokenizer: PreTrainedTokenizerBase, file: Path, length: int, examples: int, batch_size: int
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    length: int,
+    examples: int,
+    batch_size: int,
+    *,
+    seed: int = SEED,
+    training: bool = False,
 ) -> Batches:
-    """Masked batches of examples of exactly `length` tokens."""
+    """Masked batches of examples of exactly `length` tokens, masked as for evaluation or for training."""
     arguments = DataArguments(validation_file=[str(file)], objective="mlm", max_seq_length=length)
     documents = load_corpus(arguments, train=False)["validation"]
     rows, _ = prepare_examples(documents, tokenizer, arguments.example_recipe(), seed=SEED, training=False)
-    rows = rows.filter(lambda row: len(row["input_ids"]) == length).shuffle(seed=SEED)
+    rows = rows.filter(lambda row: len(row["input_ids"]) == length).shuffle(seed=seed)
     rows = rows.select(range(min(len(rows), examples) // batch_size * batch_size))
-    collate = masking_collator(tokenizer, arguments, seed=SEED, training=False)
+    collate = masking_collator(tokenizer, arguments, seed=seed, training=training)
     return [collate([rows[i] for i in range(start, start + batch_size)]) for start in range(0, len(rows), batch_size)]
 
 
