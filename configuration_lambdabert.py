@@ -13,6 +13,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 LAMBDA_NORMS = ("batch", "layer", "rms", "none")
 POSITION_EMBEDDING_TYPES = ("absolute", "none")
+CLASSIFIER_POOLINGS = ("cls", "sep")
 
 RANGES = {  # lowest value, and what all stay below: fields
     (1, float("inf")): (
@@ -54,6 +55,9 @@ class LambdaBertConfig(BertConfig):
             far as it helps. `False` is the paper's layer.
         position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
+        classifier_pooling: the token whose last hidden state the pooling layer takes. "cls" is the first, as in BERT;
+            "sep" the last of the first segment, which is the [SEP] between the segments of a pair. With a local scope
+            [CLS] sees what is far through content lambdas alone, and these do not tell in which order it stands.
 
     Raises:
         ValueError: a field, one of BERT's included, has a value that cannot work; the text names field, value and fix.
@@ -70,6 +74,7 @@ class LambdaBertConfig(BertConfig):
     lambda_norm: str = "layer"
     content_gain: bool = False
     position_embedding_type: str = "absolute"
+    classifier_pooling: str = "cls"
 
     def __post_init__(self, **kwargs):
         auto_map = kwargs.pop("auto_map", None) or {}
@@ -147,6 +152,10 @@ class LambdaBertConfig(BertConfig):
             raise ValueError(
                 f"position_embedding_type={self.position_embedding_type!r} is unknown; set it to one of "
                 f"{POSITION_EMBEDDING_TYPES}: relative positions are the lambda layer's own."
+            )
+        if self.classifier_pooling not in CLASSIFIER_POOLINGS:
+            raise ValueError(
+                f"classifier_pooling={self.classifier_pooling!r} is unknown; set it to one of {CLASSIFIER_POOLINGS}."
             )
         for field in ("is_decoder", "add_cross_attention"):
             if getattr(self, field):

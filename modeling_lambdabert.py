@@ -420,7 +420,8 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         hidden_states = layout.unpack(hidden_states)
         pooler_output = None
         if self.pooler is not None:
-            pooler_output = self.pooler(_first_token(hidden_states, layout.token_mask))
+            pooling = self.config.classifier_pooling
+            pooler_output = self.pooler(_pooled_token(hidden_states, layout.token_mask, token_type_ids, pooling))
         return LambdaBertModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
 
     def _check_inputs(
@@ -450,12 +451,21 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward
 
 
-def _first_token(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """The first real token of each row, [B, 1, D]; padding may stand before it."""
-    if token_mask is None:
+def _pooled_token(
+    hidden_states: torch.Tensor, token_mask: torch.Tensor | None, token_type_ids: torch.Tensor | None, pooling: str
+) -> torch.Tensor:
+    """The token of each row that `classifier_pooling` names, [B, 1, D]; padding may stand before it."""
+    if pooling == "cls" and token_mask is None:
         return hidden_states[:, :1]
-    first = token_mask.to(torch.int32).argmax(dim=1, keepdim=True).to(hidden_states.device)
-    return hidden_states.gather(1, first[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    is_real = torch.ones(hidden_states.shape[:2], dtype=torch.bool) if token_mask is None else token_mask
+    is_real = is_real.to(hidden_states.device)
+    if pooling == "cls":
+        place = is_real.to(torch.int32).argmax(dim=1, keepdim=True)
+    else:
+        in_first_segment = is_real if token_type_ids is None else is_real & (token_type_ids == 0)
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        place = (in_first_segment * positions).amax(dim=1, keepdim=True)
+    return hidden_states.gather(1, place[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 def _mean(losses: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:

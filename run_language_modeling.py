@@ -225,7 +225,14 @@ class Pretraining(TrainingRun):
         """The model's config, for a vocabulary of `tokens` whose padding token has the id `padding`."""
         args = self.model_args
         option = "config_name" if args.model_name_or_path is None else "model_name_or_path"
-        return make_config(getattr(args, option), option, args.config_overrides, tokens=tokens, padding=padding)
+        return make_config(
+            getattr(args, option),
+            option,
+            args.config_overrides,
+            objective=self.objective,
+            tokens=tokens,
+            padding=padding,
+        )
 
     def config_of_tokenizer(self) -> LambdaBertConfig:
         """The model's config. Raises ValueError if it does not fit the tokenizer or the masked sentence."""

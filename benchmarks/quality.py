@@ -68,7 +68,12 @@ from run_language_modeling import Pretraining, parse_arguments
 DATA_SEED = 42  # of pairs and of evaluation masks
 # what the recipes mean that do not say otherwise: BERT's share of masked tokens, and the defaults of a config
 UNCHANGED = {"mlm_probability": 0.15}
-UNCHANGED_CONFIG = {"local_context_size": None, "position_embedding_type": "absolute", "content_gain": False}
+UNCHANGED_CONFIG = {
+    "local_context_size": None,
+    "position_embedding_type": "absolute",
+    "content_gain": False,
+    "classifier_pooling": "cls",
+}
 ARCHITECTURES = ("lambdabert", *PEERS)
 FIELDS = Fields(frozenset({"pretraining"}), frozenset({"test_file"}))
 MODEL_FIELDS = Fields(

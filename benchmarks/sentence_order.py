@@ -5,8 +5,9 @@
 Makes the pairs of the pretraining command and records the accuracy, with its standard error,
 
 - of all of them;
-- by the joint, the [SEP] between the segments: whether it lies within the reach of the position lambdas from [CLS],
-  whose state the sentence head reads; through L layers with a scope of R that is L (R // 2) tokens;
+- by the joint, the [SEP] between the segments: whether it lies within the reach of the position lambdas from the token
+  that the sentence head reads. Through L layers with a scope of R that is L (R // 2) tokens from [CLS]; with
+  `classifier_pooling="sep"` the head reads the joint itself;
 - by the opening: whether either segment begins with a word that points back, such as "He", "This" or "However".
 
 The Markdown file beside the output holds the pairs that it is most sure of and wrong about. They are passages of the
@@ -96,7 +97,8 @@ def measure(
     """The accuracy of all pairs and of each kind."""
     right = [(p > 0.5) == bool(pair["sentence_order_label"]) for p, pair in zip(probabilities, pairs, strict=True)]
     limit = reach(model)
-    near = [limit is None or joint(pair) <= limit for pair in pairs]
+    at_joint = model.config.classifier_pooling == "sep"
+    near = [limit is None or at_joint or joint(pair) <= limit for pair in pairs]
     back = [any(map(points_back, segments(pair, tokenizer))) for pair in pairs]
     of = lambda kind, value: share([r for r, k in zip(right, kind, strict=True) if k == value])  # noqa: E731
     return {

@@ -13,6 +13,7 @@ from benchmarks.environment import ROOT
 from benchmarks.lambda_variants import BERT_VARIANTS, VARIANTS, apply_variant, running_variant
 from benchmarks.peers import PEERS, bert
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.text.objectives import OBJECTIVES
 from lambdabert.training import models
 from lambdabert.training.trainer import PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM
@@ -30,8 +31,11 @@ def test_what_a_recipe_does_not_say_is_what_it_was(file, tmp_path):
         options = quality.command_options(recipe, name, 1e-3, 1, tmp_path)
         said = recipe["pretraining"] | model.get("options", {})
         fields = recipe["pretraining"].get("config_overrides", {}) | model.get("config", {})
-        config = models.make_config(None, "config_name", options["config_overrides"], tokens=60, padding=0)
-        for field in models.NEW_MODEL:
+        objective = OBJECTIVES[said["objective"]]
+        config = models.make_config(
+            None, "config_name", options["config_overrides"], objective=objective, tokens=60, padding=0
+        )
+        for field in models.NEW_MODEL_OF_PAIRS:
             assert getattr(config, field) == fields.get(field, getattr(LambdaBertConfig(), field)), (name, field)
         assert options["mlm_probability"] == said.get("mlm_probability", 0.15)
 

@@ -17,6 +17,7 @@ LAMBDA_DEFAULTS = {
     "local_context_size": None,
     "output_lambda_params": False,
     "content_gain": False,
+    "classifier_pooling": "cls",
 }
 CUSTOM = {
     "hidden_size": 48,
@@ -28,6 +29,7 @@ CUSTOM = {
     "lambda_norm": "rms",
     "content_gain": True,
     "position_embedding_type": "none",
+    "classifier_pooling": "sep",
     "max_position_embeddings": 77,
 }
 
@@ -86,6 +88,8 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("position_embedding_type", "relative_key"),
         ("position_embedding_type", ""),
         ("position_embedding_type", None),
+        ("classifier_pooling", "mean"),
+        ("classifier_pooling", None),
         ("output_lambda_params", "yes"),
         ("is_decoder", True),
         ("add_cross_attention", True),

@@ -560,16 +560,34 @@ class TestPadding:
 
     @pytest.mark.parametrize("before, after", [(0, 9), (5, 0), (3, 4)])
     @pytest.mark.parametrize("scope", SCOPES)
-    def test_pooled_output_is_that_of_the_first_token(self, make_config, scope, before, after):
-        config = make_config(local_context_size=scope)
+    @pytest.mark.parametrize("pooling, segment_ends", [("cls", None), ("sep", None), ("sep", (3, 1)), ("sep", (9, 6))])
+    def test_pooled_token(self, make_config, scope, before, after, pooling, segment_ends):
+        config = make_config(local_context_size=scope, classifier_pooling=pooling)
         label = {"sentence_order_label": torch.tensor([0, 1])}
         results = []
         for inputs in (self.batch(0, 0), self.batch(before, after, filler=17)):
+            if segment_ends:
+                in_second = inputs["position_ids"] >= torch.tensor(segment_ends)[:, None]
+                inputs["token_type_ids"] = (in_second & inputs["attention_mask"].bool()).long()
             model = build(LambdaBertForPreTrainingSOP, config).double().train()
             output = model(**inputs, **label)
             output.loss.backward()
             results.append((output.seq_relationship_logits.detach(), output.sop_loss.detach(), gradients(model)))
         torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
+
+    @pytest.mark.parametrize("with_mask", [True, False])
+    def test_sep_pools_the_end_of_the_first_segment(self, make_config, with_mask):
+        """In the rows, places 3 and 8 = the last where there is no second segment; padded to 12 with a mask."""
+        config = make_config(classifier_pooling="sep")
+        model = build(LambdaBertModel, config).double().eval()
+        ids = torch.arange(5, 17).repeat(2, 1)
+        mask = torch.tensor([[1] * 12, [1] * 9 + [0] * 3]) if with_mask else None
+        types = torch.tensor([[0] * 4 + [1] * 8, [0] * 12])
+        output = model(ids, mask, types)
+        ends = output.last_hidden_state[[0, 1], [3, 8 if with_mask else 11]]
+        torch.testing.assert_close(output.pooler_output, model.pooler.dense(ends).tanh())
+        alone = model(ids[1:], None if mask is None else mask[1:]).pooler_output
+        torch.testing.assert_close(alone, output.pooler_output[1:])
 
     def test_loss_of_every_head(self, make_config, make_inputs, make_labels, head_class):
         """Padding on the right adds nothing to a loss and its gradients."""

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 # what a new model has, unless a config or overrides say otherwise: it learns sooner than with the defaults of a config
 # (docs/results.md)
 NEW_MODEL = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True}
+# what one that is trained on pairs has, too: [CLS] does not see where the segments meet
+NEW_MODEL_OF_PAIRS = {**NEW_MODEL, "classifier_pooling": "sep"}
 # the peak learning rate of a new model of so many layers, so wide, with steps of so many tokens
 RATE, RATED_LAYERS, RATED_WIDTH, RATED_TOKENS = 4e-3, 4, 192, 4096
 # prefixes of the names of an encoder's weights
@@ -30,14 +32,22 @@ ENCODER = ("embeddings.", "encoder.")
 
 
 def make_config(
-    name: str | None, option: str, overrides: str | dict[str, Any] | None, *, tokens: int, padding: int
+    name: str | None,
+    option: str,
+    overrides: str | dict[str, Any] | None,
+    *,
+    objective: Objective,
+    tokens: int,
+    padding: int,
 ) -> LambdaBertConfig:
     """Builds the config of a model.
 
     Args:
-        name: a folder, file or hub name of the config; None: a new one of base size, with the fields of `NEW_MODEL`.
+        name: a folder, file or hub name of the config; None: a new one of base size, with the fields of `NEW_MODEL`, or
+            of `NEW_MODEL_OF_PAIRS`.
         option: where the user named it.
         overrides: fields to change in it.
+        objective: what a new model is trained for.
         tokens: the size of the tokenizer's vocabulary, for a new config.
         padding: the id of its padding token, for a new config.
 
@@ -46,7 +56,8 @@ def make_config(
     """
     changes = parse_overrides(overrides)
     if name is None:
-        values: dict[str, Any] = {**NEW_MODEL, "vocab_size": tokens, "pad_token_id": padding}
+        defaults = NEW_MODEL_OF_PAIRS if objective.has_pairs else NEW_MODEL
+        values: dict[str, Any] = {**defaults, "vocab_size": tokens, "pad_token_id": padding}
     else:
         try:
             values, _ = LambdaBertConfig.get_config_dict(name)

@@ -50,6 +50,7 @@ LAMBDA_FIELDS = (
     "lambda_norm",
     "content_gain",
     "position_embedding_type",
+    "classifier_pooling",
 )
 CONFIG_FIELDS = (
     "vocab_size",

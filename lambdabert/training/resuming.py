@@ -25,12 +25,16 @@ SAVING_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transfo
 
 
 def check_config(checkpoint: Path, config: PreTrainedConfig) -> None:
-    """Compares the config that was saved with the model's. Raises ValueError if they differ."""
+    """Compares the config that was saved with the model's. Raises ValueError if they differ.
+
+    A field that the saved one lacks, because it is younger, has its default there.
+    """
     file = checkpoint / CONFIG_NAME
     if not file.exists():  # under FSDP
         return
-    own = json.loads(json.dumps(config.to_dict(), default=str))
-    for field, value in json.loads(file.read_text(encoding="utf-8")).items():
+    own, defaults = (json.loads(json.dumps(c.to_dict(), default=str)) for c in (config, type(config)()))
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    for field, value in {**defaults, **saved}.items():
         if field in own and field not in SAVING_FIELDS and own[field] != value:
             raise ValueError(f"{file.name} has {field}={value!r}, and this run {own[field]!r}")
 

@@ -20,9 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 140
 CLASS_NAMES = [name for name in modeling_lambdabert.__all__ if name != "LambdaBertPreTrainedModel"]
 SHAPES = [(2, 5), (1, 1), (4, 33), (3, LONGEST)]  # B, N
-# each class, each scope, with and without position embeddings, from float32 and bfloat16
+# each class, each scope, with and without position embeddings, both poolings, from float32 and bfloat16
 CASES = [
-    (name, (5, None)[i % 2], ("absolute", "none")[i // 2 % 2], ("float32", "bfloat16")[i // 3 % 2])
+    (
+        name,
+        (5, None)[i % 2],
+        ("absolute", "none")[i // 2 % 2],
+        ("cls", "sep")[i % 2],
+        ("float32", "bfloat16")[i // 3 % 2],
+    )
     for i, name in enumerate(CLASS_NAMES)
 ]
 
@@ -73,9 +79,9 @@ def assert_same(actual, expected, **tolerance):
         torch.testing.assert_close(torch.as_tensor(actual[name]), wanted, **tolerance)
 
 
-@pytest.mark.parametrize("name,scope,positions,dtype", CASES)
-def test_onnx_computes_what_the_model_does(name, scope, positions, dtype, make_config, make_inputs, tmp_path):
-    model = save_model(tmp_path / "model", make_config, name, scope, positions, dtype)
+@pytest.mark.parametrize("name,scope,positions,pooling,dtype", CASES)
+def test_onnx_computes_what_the_model_does(name, scope, positions, pooling, dtype, make_config, make_inputs, tmp_path):
+    model = save_model(tmp_path / "model", make_config, name, scope, positions, dtype, classifier_pooling=pooling)
     done = export_model(tmp_path / "model", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
     axes = ["batch", "choices", "sequence"] if name.endswith("MultipleChoice") else ["batch", "sequence"]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configuration_lambdabert import LambdaBertConfig
+from lambdabert.text.objectives import MLM, NSP, SOP
 from lambdabert.training.models import make_config, make_model, peak_learning_rate
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
 from training_support import RECIPE
@@ -21,15 +22,24 @@ def lambda_fields(config):
 
 class TestNewModel:
     def test_starts_as_measured_unless_told_otherwise(self):
-        config = make_config(None, "config_name", "hidden_size=192", tokens=60, padding=0)
+        config = make_config(None, "config_name", "hidden_size=192", objective=MLM, tokens=60, padding=0)
         assert lambda_fields(config) == NEW and config.hidden_size == 192 and config.longest_sequence is None
         told = {"local_context_size": None, "position_embedding_type": "absolute", "content_gain": False}
-        assert lambda_fields(make_config(None, "config_name", told, tokens=60, padding=0)) == told
+        assert lambda_fields(make_config(None, "config_name", told, objective=MLM, tokens=60, padding=0)) == told
 
-    def test_a_saved_config_keeps_its_meaning(self, tmp_path):
+    @pytest.mark.parametrize("objective, pooling", [(MLM, "cls"), (NSP, "sep"), (SOP, "sep")])
+    def test_pairs_are_judged_where_they_meet(self, objective, pooling):
+        config = make_config(None, "config_name", None, objective=objective, tokens=60, padding=0)
+        assert lambda_fields(config) == NEW and config.classifier_pooling == pooling
+        told = {"classifier_pooling": "cls"}
+        config = make_config(None, "config_name", told, objective=objective, tokens=60, padding=0)
+        assert config.classifier_pooling == "cls"
+
+    @pytest.mark.parametrize("objective", [MLM, SOP])
+    def test_a_saved_config_keeps_its_meaning(self, tmp_path, objective):
         LambdaBertConfig().save_pretrained(tmp_path)
-        config = make_config(str(tmp_path), "config_name", None, tokens=60, padding=0)
-        assert lambda_fields(config) == lambda_fields(LambdaBertConfig())
+        config = make_config(str(tmp_path), "config_name", None, objective=objective, tokens=60, padding=0)
+        assert lambda_fields(config) == lambda_fields(LambdaBertConfig()) and config.classifier_pooling == "cls"
 
     def test_rate_falls_with_depth_width_and_small_steps(self):
         assert peak_learning_rate(4, 192, 4096) == 4e-3 == peak_learning_rate(4, 192, 65536)

@@ -162,6 +162,12 @@ def spoil_json(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def without(file, field):
+    values = json.loads(file.read_text())
+    del values[field]
+    file.write_text(json.dumps(values))
+
+
 def spoil_weights(file, change):
     weights = load_file(file)
     change(weights)
@@ -187,6 +193,7 @@ def spoil_weights(file, change):
         lambda folder: spoil_weights(folder / "model.safetensors", lambda weights: weights.popitem()),
         lambda folder: spoil_weights(folder / "model.safetensors", lambda weights: weights.update(more=torch.ones(2))),
         lambda folder: spoil_json(folder / "config.json", hidden_size=64),
+        lambda folder: without(folder / "config.json", "classifier_pooling"),  # saved before the field was there
         lambda folder: spoil_json(folder / "trainer_state.json", global_step="8"),
         lambda folder: spoil_json(folder / "trainer_state.json", train_batch_size=None),
         lambda folder: spoil_json(folder / "trainer_state.json", log_history=[{"step": "8"}]),
@@ -196,6 +203,7 @@ def spoil_weights(file, change):
         *("optimizer with code", "random state with code", "optimizer lacks a weight", "optimizer is empty"),
         *("optimizer holds nan", "optimizer of other settings", "scheduler of another rate", "scheduler of wrong type"),
         *("random state is empty", "weight missing", "weight unknown", "config contradicts"),
+        "config of an earlier default",
         *("step of wrong type", "batch of wrong type", "history of wrong type", "state unknown"),
     ],
 )
