@@ -40,7 +40,7 @@ from modeling_lambdabert import LambdaBertForMaskedLM
 
 SHORT, LENGTH, STEP_TOKENS = 128, 512, 4096
 DEPTH = 64  # K and V of a head
-RATE, WARMUP = 1e-3, 20
+RATE, PATH_RATE, WARMUP = 3e-4, 3e-3, 20  # the rate of a trained model that goes on, and that of new weights
 
 
 class FarContent(nn.Module):
@@ -138,8 +138,12 @@ def loss_at_masks(model: LambdaBertForMaskedLM, batch: dict[str, Any], *, bf16: 
 
 
 def go_on(model: LambdaBertForMaskedLM, batches: masked_text.Batches, name: str, *, bf16: bool) -> None:
-    """Trains the model on each batch once, at a rate that rises for `WARMUP` steps and falls to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    """Trains the model on each batch once, at rates that rise for `WARMUP` steps and fall to 0."""
+    rates: dict[float, list[nn.Parameter]] = {RATE: [], PATH_RATE: []}
+    for parameter_name, parameter in model.named_parameters():
+        rates[PATH_RATE if ".far_content." in parameter_name else RATE].append(parameter)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, len(batches))
     model.train()
     for batch in tqdm(batches, desc=name):
