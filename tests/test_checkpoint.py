@@ -1,4 +1,4 @@
-"""The trained model in `checkpoints/` loads from the repository alone and has learned more than word frequencies."""
+"""The trained models in `checkpoints/` load from the repository alone and have learned more than word frequencies."""
 
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,25 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from modeling_lambdabert import LambdaBertForMaskedLM
 
-CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "wikipedia-small"
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+NAMES = ("wikipedia-small", "wikipedia-512")
 TEXT = (
     "The village lies on the south bank of the river, a few miles north of the city. It was founded in the early 19th "
     "century, and the first school was opened in 1874. Most of the people who live there work in the city."
 )
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return LambdaBertForMaskedLM.from_pretrained(CHECKPOINT).eval(), AutoTokenizer.from_pretrained(CHECKPOINT)
+@pytest.fixture(params=NAMES)
+def checkpoint(request):
+    return CHECKPOINTS / request.param
 
 
-def test_size():
-    files = list(CHECKPOINT.iterdir())
+def test_all_are_tested():
+    assert {folder.name for folder in CHECKPOINTS.iterdir()} == set(NAMES)
+
+
+def test_size(checkpoint):
+    files = list(checkpoint.iterdir())
     assert sum(file.stat().st_size for file in files) < 12e6
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".md", ".png"}  # its code is the repository's
 
@@ -40,16 +45,17 @@ def test_size():
     ],
     ids=["class", "Auto class", "head, remote code allowed", "pipeline", "sentence-transformers"],
 )
-def test_loads_in_float32(load):
+def test_loads_in_float32(load, checkpoint):
     """Though stored in bfloat16, in which training would lose small updates."""
-    with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
-    assert {parameter.dtype for parameter in load(CHECKPOINT).parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load(checkpoint).parameters()} == {torch.float32}
 
 
-def test_predicts_words_from_their_context(loaded):
+def test_predicts_words_from_their_context(checkpoint):
     """Each token masked in turn: nearer to it than without its context, and than the frequencies in the head's bias."""
-    model, tokenizer = loaded
+    model = LambdaBertForMaskedLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]
     places = torch.arange(1, len(ids) - 1)
     masked = ids.repeat(len(places), 1)
