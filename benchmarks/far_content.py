@@ -32,7 +32,7 @@ import lambda_layer
 from benchmarks import masked_text
 from benchmarks.content_lambda import losses
 from benchmarks.environment import environment
-from benchmarks.lambda_variants import VARIANTS, running_variant
+from benchmarks.lambda_variants import running_variant
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.text.masks import IGNORED_LABEL
@@ -68,7 +68,10 @@ class Lambda(FarContent):
     """A content lambda for each head, read with queries of its own, of unit scale for keys that are nearly uniform."""
 
     def mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        keys = keys.softmax(dim=1, dtype=torch.float32).to(values.dtype)
+        return self.read(queries, keys.softmax(dim=1, dtype=torch.float32).to(values.dtype), values)
+
+    def read(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """[B, N, H, V], of keys that are distributions over N."""
         heads = zip(keys[..., None].unbind(2), values[..., None].unbind(2), strict=True)
         contents = torch.stack([lambda_layer.content_lambda(*head) for head in heads], dim=1)
         return torch.einsum("bnhk,bhkv->bnhv", queries, contents) * DEPTH**-0.5
@@ -81,10 +84,9 @@ class LambdaOfOthers(Lambda):
         super().__init__(width)
         sharpen(self)
 
-    def mix(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        own_keys = keys.softmax(dim=1, dtype=torch.float32).to(values.dtype)
-        own = (queries * own_keys).sum(-1, keepdim=True) * values * DEPTH**-0.5
-        return super().mix(queries, keys, values) - own
+    def read(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        own = (queries * keys).sum(-1, keepdim=True) * values * DEPTH**-0.5
+        return super().read(queries, keys, values) - own
 
 
 class Attention(FarContent):
@@ -114,7 +116,6 @@ PATHS: dict[str, type[FarContent] | None] = {
     "lambda of the others": LambdaOfOthers,
     "attention": Attention,
 }
-LAMBDAS = {"lambda", "lambda of the others"}  # that have content lambdas of their own, one for each head
 
 
 def add_paths(model: LambdaBertForMaskedLM, path: type[FarContent] | None) -> None:
@@ -157,9 +158,10 @@ def go_on(model: LambdaBertForMaskedLM, batches: masked_text.Batches, name: str,
 
 def measure(name: str, model: LambdaBertForMaskedLM, texts: dict[int, masked_text.Batches]) -> dict[str, Any]:
     """By length of the texts, the loss of a row's model, and what replacing its content lambdas costs."""
-    heads = model.config.hidden_size // DEPTH if name in LAMBDAS else 0
+    path = PATHS[name]
+    heads = model.config.hidden_size // DEPTH if path and issubclass(path, Lambda) else 0
     found = {}
-    with running_variant(name if name in VARIANTS else None):
+    with running_variant(name):
         for length, batches in texts.items():
             of_length = losses(model, batches, per_layer=1 + heads)
             loss = of_length.pop("as they are")
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     set_seed(seed)
                     model, _ = masked_text.load_lambdabert(options.model)
                     add_paths(model, PATHS[name])
-                    with running_variant(name if name in VARIANTS else None):
+                    with running_variant(name):
                         go_on(model, training, key, bf16=options.bf16)
                     record["rows"][key] = measure(name, model, texts)
                     print(key, record["rows"][key], flush=True)

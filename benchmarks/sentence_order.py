@@ -100,14 +100,16 @@ def measure(
     at_joint = model.config.classifier_pooling == "sep"
     near = [limit is None or at_joint or joint(pair) <= limit for pair in pairs]
     back = [any(map(points_back, segments(pair, tokenizer))) for pair in pairs]
-    of = lambda kind, value: share([r for r, k in zip(right, kind, strict=True) if k == value])  # noqa: E731
+    kinds = {
+        "joint within reach": near,
+        "joint out of reach": [not it for it in near],
+        "a segment points back": back,
+        "neither does": [not it for it in back],
+    }
     return {
         "reach": limit,
         "all": share(right),
-        "joint within reach": of(near, True),
-        "joint out of reach": of(near, False),
-        "a segment points back": of(back, True),
-        "neither does": of(back, False),
+        **{name: share([r for r, it in zip(right, kind, strict=True) if it]) for name, kind in kinds.items()},
     }
 
 
