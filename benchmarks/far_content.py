@@ -36,6 +36,7 @@ from benchmarks.lambda_variants import running_variant
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.text.masks import IGNORED_LABEL
+from lambdabert.training.metrics import logits_of
 from modeling_lambdabert import LambdaBertForMaskedLM
 
 SHORT, LENGTH, STEP_TOKENS = 128, 512, 4096
@@ -133,8 +134,8 @@ def add_paths(model: LambdaBertForMaskedLM, path: type[FarContent] | None) -> No
 def loss_at_masks(model: LambdaBertForMaskedLM, batch: dict[str, Any], *, bf16: bool) -> torch.Tensor:
     """Mean MLM loss of a batch without padding, whose logits are computed at masked tokens alone."""
     masked = batch["labels"] != IGNORED_LABEL
-    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=bf16):
-        logits = model.cls(model.bert(batch["input_ids"]).last_hidden_state[masked])
+    with logits_of(model, masked), torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=bf16):
+        logits = model(batch["input_ids"]).logits
     return F.cross_entropy(logits.float(), batch["labels"][masked])
 
 
