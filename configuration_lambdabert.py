@@ -53,6 +53,10 @@ class LambdaBertConfig(BertConfig):
         content_gain: whether the content lambda is multiplied by a learned gain, one number per layer and key channel,
             that starts at 0. A new model then begins with position lambdas alone and takes in the content lambda as
             far as it helps. `False` is the paper's layer.
+        repetition_context_size: R', the number of positions that a position sees around each other occurrence of its
+            token (odd): a third lambda, of what the text says around the same token elsewhere, with a table that
+            starts at 0. It needs `input_ids`. `None` is the paper's layer.
+        mask_token_id: the token that hides others; its occurrences are no repetition. `None` = there is none.
         position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
         classifier_pooling: the token whose last hidden state the pooling layer takes. "cls" is the first, as in BERT;
@@ -73,6 +77,8 @@ class LambdaBertConfig(BertConfig):
     output_lambda_params: bool = False
     lambda_norm: str = "layer"
     content_gain: bool = False
+    repetition_context_size: int | None = None
+    mask_token_id: int | None = None
     position_embedding_type: str = "absolute"
     classifier_pooling: str = "cls"
 
@@ -126,11 +132,13 @@ class LambdaBertConfig(BertConfig):
                     raise ValueError(
                         f"{field}={value} is out of range; set it to a finite number, {lowest} or more{end}."
                     )
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"pad_token_id={self.pad_token_id} is outside the vocabulary of vocab_size={self.vocab_size}; set "
-                "it to the tokenizer's pad_token_id, or to None."
-            )
+        for field in ("pad_token_id", "mask_token_id"):
+            token = getattr(self, field)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"{field}={token} is outside the vocabulary of vocab_size={self.vocab_size}; set it to the "
+                    f"tokenizer's {field}, or to None."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is unknown; set it to one of {', '.join(sorted(ACT2FN))}."
@@ -145,6 +153,12 @@ class LambdaBertConfig(BertConfig):
             raise ValueError(
                 f"local_context_size={scope}: a local scope is centred on its own position; set it to an odd number "
                 "from 1 on, or to None for a global scope."
+            )
+        around = self.repetition_context_size
+        if around is not None and (around < 1 or around % 2 == 0):
+            raise ValueError(
+                f"repetition_context_size={around}: the places around an occurrence have it at their middle; set it to "
+                "an odd number from 1 on, or to None for no repetition lambda."
             )
         if self.lambda_norm not in LAMBDA_NORMS:
             raise ValueError(f"lambda_norm={self.lambda_norm!r} is unknown; set it to one of {LAMBDA_NORMS}.")

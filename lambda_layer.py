@@ -23,6 +23,14 @@ Beyond the paper, the content lambda may have a learned gain g, which starts at 
 The keys of a new layer are nearly uniform, so that its content lambda is one mean value, the same in every sequence and
 in all K channels. What it adds grows about as sqrt(K), drowns the position lambda, and tells nothing of the text
 (docs/results.md). From 0 it grows only as far as it helps.
+
+And there may be a third lambda, of what stood around the other occurrences of a token, O(n) = {m != n: the same token}:
+
+    repetition lambda  lr[n]  = mean over m in O(n) of sum_o sum_u T[o,:,u] (x) V[m + o,:,u]       T: [R', K, U]
+    output             y[n,h] = (lc + lp[n] + lr[n])^T Q[n,h]
+
+It is a content lambda of the paper, of values that know their surroundings, whose keys are the tokens themselves: a key
+channel for each token is a distribution over its occurrences, and a query picks the channel of its own. T starts at 0.
 """
 
 import torch
@@ -35,12 +43,14 @@ try:  # the flat form serves this repository, the relative one a saved model's f
     from .configuration_lambdabert import LambdaBertConfig
     from .lambda_kernels import fastest_outputs
     from .packing_lambdabert import Packing, Padded
+    from .repetitions_lambdabert import Repetitions
 except ImportError:
     if __package__:
         raise
     from configuration_lambdabert import LambdaBertConfig
     from lambda_kernels import fastest_outputs
     from packing_lambdabert import Packing, Padded
+    from repetitions_lambdabert import Repetitions
 
 
 def content_lambda(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -89,6 +99,28 @@ def global_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tens
     toeplitz = relative_embeddings[offsets + relative_embeddings.shape[0] // 2]
     lambdas = rearrange(toeplitz, "n m k u -> (n k) (m u)") @ rearrange(values, "b m v u -> b (m u) v")
     return rearrange(lambdas, "b (n k) v -> b n k v", k=relative_embeddings.shape[1])
+
+
+def repetition_outputs(
+    queries: torch.Tensor, values: torch.Tensor, repetition_embeddings: torch.Tensor, repetitions: Repetitions
+) -> torch.Tensor:
+    """What the repetition lambda adds to the outputs, lr^T Q: T^T Q times the mean values at each offset.
+
+    In this order the lambda [B, N, K, V] itself is never made.
+
+    Args:
+        queries: [B, N, H, K]
+        values: [B, N, V, U], zero at padding.
+        repetition_embeddings: T, [R', K, U]; index r is the offset r - R' // 2 from an occurrence.
+        repetitions: which of the B N tokens are the same.
+
+    Returns:
+        [B, N, H, V], zero where a token occurs once.
+    """
+    width = repetition_embeddings.shape[0]
+    around = F.pad(values, (0, 0, 0, 0, width // 2, width // 2)).unfold(1, width, 1)
+    elsewhere = repetitions.mean_of_others(rearrange(around, "b m v u r -> b m (r u) v"))
+    return queries @ rearrange(repetition_embeddings, "r k u -> k (r u)") @ elsewhere
 
 
 def apply_lambdas(queries: torch.Tensor, content: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -195,8 +227,8 @@ class LambdaLayer(nn.Module):
     """Lambda layer with content and position lambdas (section 3; section 3.2: multi-query; appendix: intra-depth).
 
     Parameters: D (H K + K U + V U) for the three projections, which have no bias (a key's would vanish in the
-    softmax), R K U for E, those of `query_norm` over H K and `value_norm` over V U channels, and K for `content_gain`
-    where the config asks for it.
+    softmax), R K U for E, those of `query_norm` over H K and `value_norm` over V U channels, and where the config
+    asks for them K for `content_gain` and R' K U for T.
 
     Args:
         config: a `LambdaBertConfig`.
@@ -220,13 +252,19 @@ class LambdaLayer(nn.Module):
         self.value_norm = _make_norm(config.lambda_norm, value_channels, config.layer_norm_eps)
         self.relative_embeddings = nn.Parameter(torch.empty(offsets, config.key_depth, config.intra_depth))
         self.content_gain = nn.Parameter(torch.empty(config.key_depth)) if config.content_gain else None
+        self.repetition_embeddings = None
+        if config.repetition_context_size is not None:
+            self.repetition_embeddings = nn.Parameter(
+                torch.empty(config.repetition_context_size, config.key_depth, config.intra_depth)
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws weights such that inputs of unit variance give queries, values and outputs of about unit variance.
 
         E decays with distance, std[o] = c / (1 + |o|), with c such that the sum over offsets of K U std^2 is 1: a
-        table that starts flat drowns each token in the average of its context. The gain of the content lambda is 0.
+        table that starts flat drowns each token in the average of its context. The gain of the content lambda is 0, and
+        so is T.
         """
         for projection in (self.to_queries, self.to_keys, self.to_values):
             init.normal_(projection.weight, std=projection.init_std)  # type: ignore[arg-type]
@@ -237,6 +275,8 @@ class LambdaLayer(nn.Module):
         init.copy_(self.relative_embeddings, torch.randn_like(self.relative_embeddings) * std[:, None, None])
         if self.content_gain is not None:
             init.zeros_(self.content_gain)
+        if self.repetition_embeddings is not None:
+            init.zeros_(self.repetition_embeddings)
 
     def forward(
         self,
@@ -249,14 +289,15 @@ class LambdaLayer(nn.Module):
         Args:
             hidden_states: [B, N, D]; or the real tokens alone, [1, T, D], with `packing`.
             attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens.
-            packing: the layout of packed tokens, in place of the mask; None = [B, N] as given.
+            packing: the layout of packed tokens, in place of the mask; None = [B, N] as given. A repetition lambda
+                needs one that was given the token ids.
 
         Returns:
             The output, shaped as `hidden_states`, and the content lambda [B, K, V].
 
         Raises:
             ValueError: the mask is not [B, N] or holds something other than 0 and 1; N is 0 or exceeds the offset table
-                of a global scope.
+                of a global scope; a layout without the token ids that a repetition lambda needs.
         """
         token_mask = as_token_mask(attention_mask, hidden_states)
         layout = packing or Padded(token_mask)
@@ -264,12 +305,20 @@ class LambdaLayer(nn.Module):
         keys = self.to_keys(hidden_states)
         values = _normalise(self.value_norm, self.to_values(hidden_states), token_mask)
         outputs, contents = zip(
-            *(self.mix(group.pad(queries), group.pad(keys), group.pad(values), group.mask) for group in layout.groups)
+            *(
+                self.mix(group.pad(queries), group.pad(keys), group.pad(values), group.mask, group.repetitions)
+                for group in layout.groups
+            )
         )
         return layout.join(outputs), layout.join_rows(contents)
 
     def mix(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, token_mask: torch.Tensor | None
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        repetitions: Repetitions | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, N, D] and content lambda [B, K, V] of what was projected.
 
@@ -278,6 +327,7 @@ class LambdaLayer(nn.Module):
             keys: [B, N, K U]
             values: [B, N, V U]
             token_mask: bool [B, N], True = token; None = all are.
+            repetitions: which of the tokens are the same; needed for a repetition lambda.
         """
         batch, length, _ = queries.shape
         if length == 0:
@@ -286,6 +336,11 @@ class LambdaLayer(nn.Module):
             raise ValueError(
                 f"The sequence has {length} tokens, but max_position_embeddings={self.max_length} bounds the global "
                 "scope: shorten the input, raise max_position_embeddings or set local_context_size."
+            )
+        if self.repetition_embeddings is not None and repetitions is None:
+            raise ValueError(
+                f"repetition_context_size={len(self.repetition_embeddings)} needs to know which tokens are the same: "
+                "give the layer packing=Padded(attention_mask, token_ids)."
             )
         softmax_dtype = torch.promote_types(keys.dtype, torch.float32)
         if token_mask is not None:
@@ -305,4 +360,6 @@ class LambdaLayer(nn.Module):
         outputs = fastest_outputs(
             queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
         )
+        if self.repetition_embeddings is not None and repetitions is not None:
+            outputs = outputs + repetition_outputs(queries, values, self.repetition_embeddings, repetitions)
         return rearrange(outputs, "b n h v -> b n (h v)"), content

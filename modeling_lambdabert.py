@@ -405,11 +405,11 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N] or holds something
                 other than 0 and 1; no token, or more than the config's `longest_sequence`; attention weights asked for;
-                a keyword argument that the model cannot use.
+                a keyword argument that the model cannot use; `inputs_embeds` where `repetition_context_size` is set.
         """
         tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, **kwargs)
         token_mask = as_token_mask(attention_mask, tokens)
-        layout = lay_out(token_mask, self._may_pack(tokens, **kwargs))
+        layout = lay_out(token_mask, self._may_pack(tokens, **kwargs), self._token_ids(input_ids))
         hidden_states = self.embeddings(
             input_ids=layout.pack(input_ids),
             token_type_ids=layout.pack(token_type_ids),
@@ -441,8 +441,21 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 "output_attentions=True: a lambda layer has no attention weights; its content lambdas are returned "
                 "with output_lambda_params=True."
             )
+        if input_ids is None and self.config.repetition_context_size is not None:
+            raise ValueError(
+                f"repetition_context_size={self.config.repetition_context_size} needs to know which tokens are the "
+                "same, and inputs_embeds do not tell: give input_ids. (A hook on the model's embeddings can change "
+                "what they become.)"
+            )
         self.embeddings.check_positions(tokens.shape[1], position_ids)
         return tokens
+
+    def _token_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """The tokens [B, N] whose repetitions a layer looks for, -1 for one that is hidden; None where none does."""
+        if input_ids is None or self.config.repetition_context_size is None:
+            return None
+        hidden = self.config.mask_token_id
+        return input_ids if hidden is None else input_ids.masked_fill(input_ids == hidden, -1)
 
     def _may_pack(self, tokens: torch.Tensor, output_hidden_states: bool | None = None, **kwargs) -> bool:
         """Whether padding may be left out: not from hidden states, nor in a graph that serves other masks as well."""

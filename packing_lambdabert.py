@@ -12,6 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+try:  # the flat form serves this repository, the relative one a saved model's folder
+    from .repetitions_lambdabert import Repetitions
+except ImportError:
+    if __package__:
+        raise
+    from repetitions_lambdabert import Repetitions
+
 GROUP_SPREAD = 0.75  # shortest row of a group over its longest; less makes fewer groups and more padding in them
 
 
@@ -20,17 +27,20 @@ class Padded:
 
     Args:
         token_mask: bool [B, N], True = token; None = all are tokens.
+        token_ids: [B, N], as `Repetitions` takes them; None where no layer asks which tokens are the same.
 
     Attributes:
         token_mask: the mask of the batch.
         attention_mask: the mask of what is computed.
         groups: the groups of rows that a lambda layer takes; this one alone.
         mask: the mask of this group.
+        repetitions: its places that hold the same token; None without `token_ids`.
     """
 
-    def __init__(self, token_mask: torch.Tensor | None):
+    def __init__(self, token_mask: torch.Tensor | None, token_ids: torch.Tensor | None = None):
         self.token_mask = self.attention_mask = self.mask = token_mask
         self.groups: tuple[Padded, ...] = (self,)
+        self.repetitions = None if token_ids is None else Repetitions(token_ids, token_mask)
 
     def pack(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """[B, N, ...] as it is computed."""
@@ -65,11 +75,13 @@ class RowGroup:
         tokens: where its t tokens stand in the packed row.
         mask: bool [b, n], True = token, of its b rows cut to the n places of the longest; None where all are tokens.
         shape: b, n.
+        repetitions: the places of its rows that hold the same token; None where no layer asks.
     """
 
     tokens: slice
     mask: torch.Tensor | None
     shape: tuple[int, int]
+    repetitions: Repetitions | None = None
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, T, C] of all tokens to [b, n, C] of the group's, with zeros at padding."""
@@ -88,6 +100,7 @@ class Packing:
 
     Args:
         token_mask: bool [B, N], True = token; at least one is.
+        token_ids: [B, N], as `Repetitions` takes them; None where no layer asks which tokens are the same.
 
     Attributes:
         token_mask: the mask of the batch.
@@ -100,7 +113,7 @@ class Packing:
 
     attention_mask: torch.Tensor | None = None
 
-    def __init__(self, token_mask: torch.Tensor):
+    def __init__(self, token_mask: torch.Tensor, token_ids: torch.Tensor | None = None):
         self.token_mask = token_mask
         batch, length = token_mask.shape
         self.shape = batch, length
@@ -117,12 +130,14 @@ class Packing:
             rows = torch.tensor(occupied[:count], device=token_mask.device)
             occupied = occupied[count:]
             columns = firsts[rows, None] + torch.arange(longest, device=token_mask.device)
-            mask = (columns < length) & token_mask[rows[:, None], columns.clamp(max=length - 1)]
+            within = rows[:, None], columns.clamp(max=length - 1)
+            mask = (columns < length) & token_mask[within]
+            repetitions = None if token_ids is None else Repetitions(token_ids[within], mask)
             rows_of_groups.append(rows)
             places.append((rows[:, None] * length + columns)[mask])
             tokens = slice(start, start + len(places[-1]))
             has_gaps = len(places[-1]) < mask.numel()
-            self.groups.append(RowGroup(tokens, mask if has_gaps else None, (count, longest)))
+            self.groups.append(RowGroup(tokens, mask if has_gaps else None, (count, longest), repetitions))
             start = tokens.stop
         self.rows = torch.cat(rows_of_groups)
         self.places = torch.cat(places)
@@ -152,16 +167,17 @@ class Packing:
         return joined.new_zeros(self.shape[0], *joined.shape[1:]).index_copy(0, self.rows, joined)
 
 
-def lay_out(token_mask: torch.Tensor | None, may_pack: bool) -> Padded | Packing:
+def lay_out(token_mask: torch.Tensor | None, may_pack: bool, token_ids: torch.Tensor | None = None) -> Padded | Packing:
     """The layout of a batch: without its padding, if there is any and it may be left out.
 
     Args:
         token_mask: bool [B, N], True = token; None = all are tokens.
         may_pack: whether padding may be left out, and the mask be looked at.
+        token_ids: [B, N], as `Repetitions` takes them; None where no layer asks which tokens are the same.
     """
     if token_mask is not None and may_pack:
         if token_mask.all():
-            return Padded(None)
+            return Padded(None, token_ids)
         if token_mask.any():
-            return Packing(token_mask)
-    return Padded(token_mask)
+            return Packing(token_mask, token_ids)
+    return Padded(token_mask, token_ids)

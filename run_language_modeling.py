@@ -178,7 +178,7 @@ class Pretraining(TrainingRun):
         args, data_args = self.model_args, self.data_args
         if args.train_tokenizer:
             check_masked_sentence(args.masked_sentence, MASK_TOKEN)
-            config = self.config(args.vocab_size, padding=0)
+            config = self.config(args.vocab_size, padding=0, mask=4)
         else:
             self.tokenizer = self.named_tokenizer()
             check_tokenizer(self.tokenizer, whole_word_mask=data_args.whole_word_mask)
@@ -221,8 +221,8 @@ class Pretraining(TrainingRun):
             tokenizers = [train_wordpiece(texts, self.model_args.vocab_size, lowercase=self.model_args.lowercase)]
         return broadcast_object_list(tokenizers)[0]
 
-    def config(self, tokens: int, padding: int) -> LambdaBertConfig:
-        """The model's config, for a vocabulary of `tokens` whose padding token has the id `padding`."""
+    def config(self, tokens: int, padding: int, mask: int) -> LambdaBertConfig:
+        """The model's config, for a vocabulary of `tokens`; `padding` and `mask` are the ids of two of them."""
         args = self.model_args
         option = "config_name" if args.model_name_or_path is None else "model_name_or_path"
         return make_config(
@@ -232,11 +232,12 @@ class Pretraining(TrainingRun):
             objective=self.objective,
             tokens=tokens,
             padding=padding,
+            mask=mask,
         )
 
     def config_of_tokenizer(self) -> LambdaBertConfig:
         """The model's config. Raises ValueError if it does not fit the tokenizer or the masked sentence."""
-        config = self.config(len(self.tokenizer), self.tokenizer.pad_token_id)
+        config = self.config(len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.mask_token_id)
         check_tokens(config, self.tokenizer)
         check_length(self.model_args.masked_sentence, self.tokenizer, config)
         return config

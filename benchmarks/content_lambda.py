@@ -9,11 +9,16 @@ MLM loss in nats per masked token, in float32, with the content lambdas of all l
 - `mean`: replaced by their mean over all examples, layer by layer, so that they say nothing of the text;
 - `another text's`: replaced by those of another example of the batch;
 - `zero`: left out, so that position lambdas remain.
+
+A model with repetition lambdas is measured with these replaced as well (`repetition: ...`), and with both
+(`both: ...`). Those belong to a token: the mean is that over all places of the token in all examples, and another
+text's is of the token's occurrences there, zero where it has none.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +28,7 @@ import lambda_layer
 from benchmarks import masked_text
 from benchmarks.runs import one_line_errors
 from modeling_lambdabert import LambdaBertForMaskedLM
+from repetitions_lambdabert import Repetitions
 
 
 class ContentLambdas:
@@ -55,13 +61,89 @@ class ContentLambdas:
         return [total / self.texts for total in self.sums]
 
 
-def loss(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]], lambdas: ContentLambdas) -> float:
+class RepetitionLambdas:
+    """Takes the place of `Repetitions.mean_of_others` in a model of so many layers, whose calls come layer by layer.
+
+    What it replaces are the mean values at each offset around the other occurrences of a token, of which the table of a
+    layer makes its repetition lambda.
+
+    Args:
+        layers: number of lambda layers.
+        vocabulary: number of tokens.
+        replacement: "mean", "another text's", "zero" or None, which leaves them as they are.
+        means: of every layer, the mean of each token, [vocabulary, ...]; for "mean".
+
+    Attributes:
+        ids: [B, N], the tokens of the batch that is computed; -1 where one is hidden.
+    """
+
+    ids: torch.Tensor
+
+    def __init__(
+        self, layers: int, vocabulary: int, replacement: str | None = None, means: Sequence[torch.Tensor] = ()
+    ):
+        self.layers, self.vocabulary, self.replacement = layers, vocabulary, replacement
+        self.means_to_use, self.calls = means, 0
+        self.sums: list[Any] = [0.0] * layers
+        self.counts: list[Any] = [0.0] * layers
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        original = Repetitions.mean_of_others
+
+        def replaced(repetitions: Repetitions, given: torch.Tensor) -> torch.Tensor:
+            own, layer = original(repetitions, given), self.calls % self.layers
+            self.calls += 1
+            if self.replacement is None:
+                sums, counts = self._by_token(own)
+                self.sums[layer] = self.sums[layer] + sums.sum(0)
+                self.counts[layer] = self.counts[layer] + counts.sum(0)
+                return own
+            if self.replacement == "zero":
+                return torch.zeros_like(own)
+            if self.replacement == "mean":
+                table = self.means_to_use[layer].expand(len(own), *self.means_to_use[layer].shape)
+            else:
+                sums, counts = self._by_token(given)
+                table = (sums / counts.clamp(min=1)).roll(1, dims=0)
+            rows = torch.arange(len(own))[:, None]
+            is_hidden = (self.ids < 0).view(*self.ids.shape, *[1] * (own.dim() - 2))
+            return table[rows, self.ids.clamp(min=0)].masked_fill(is_hidden, 0)
+
+        with patch.object(Repetitions, "mean_of_others", replaced):
+            yield
+
+    @property
+    def means(self) -> list[torch.Tensor]:
+        """Of every layer, the mean of each token over its places so far, [vocabulary, ...]; 0 where it has none."""
+        return [sums / counts.clamp(min=1) for sums, counts in zip(self.sums, self.counts, strict=True)]
+
+    def _by_token(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of [B, N, ...] by row and token, [B, vocabulary, ...], and the numbers of places, the same with ones."""
+        is_seen = self.ids >= 0
+        rows, _ = is_seen.nonzero(as_tuple=True)
+        seen = rows, self.ids[is_seen]
+        sums = given.new_zeros(len(given), self.vocabulary, *given.shape[2:])
+        counts = given.new_zeros(len(given), self.vocabulary, *[1] * (given.dim() - 2))
+        sums.index_put_(seen, given[is_seen], accumulate=True)
+        counts.index_put_(seen, torch.ones_like(counts[seen]), accumulate=True)
+        return sums, counts
+
+
+def loss(
+    model: LambdaBertForMaskedLM,
+    batches: Sequence[dict[str, Any]],
+    contents: ContentLambdas,
+    repetitions: RepetitionLambdas,
+) -> float:
     """MLM loss over all masked tokens of batches without padding."""
-    total, count = 0.0, 0
-    with torch.inference_mode(), patch.object(lambda_layer, "content_lambda", lambdas):
+    total, count, hidden = 0.0, 0, model.config.mask_token_id
+    with torch.inference_mode(), patch.object(lambda_layer, "content_lambda", contents), repetitions.in_place():
         for batch in batches:
+            ids = batch["input_ids"]
+            repetitions.ids = ids if hidden is None else ids.masked_fill(ids == hidden, -1)
             masked = int((batch["labels"] != -100).sum())
-            total += model(batch["input_ids"], labels=batch["labels"]).loss.item() * masked
+            total += model(ids, labels=batch["labels"]).loss.item() * masked
             count += masked
     return total / count
 
@@ -74,18 +156,22 @@ def losses(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]], *, p
         batches: "input_ids" and "labels" [B, N], without padding, of two texts or more.
         per_layer: how many content lambdas a layer has.
     """
-    layers = model.config.num_hidden_layers * per_layer
-    as_they_are = ContentLambdas(layers)
-    found = {"as they are": loss(model, batches, as_they_are)}
-    means = as_they_are.means
-    replacements = {
+    layers, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
+    content, repetition = ContentLambdas(layers * per_layer), RepetitionLambdas(layers, vocabulary)
+    found = {"as they are": loss(model, batches, content, repetition)}
+    means = content.means
+    contents: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
         "mean": lambda content, layer: means[layer].expand_as(content),
         "another text's": lambda content, layer: content.roll(1, dims=0),
         "zero": lambda content, layer: torch.zeros_like(content),
     }
-    return found | {
-        name: loss(model, batches, ContentLambdas(layers, replace)) for name, replace in replacements.items()
-    }
+    has_repetitions = model.config.repetition_context_size is not None
+    for prefix in ("", *(("repetition: ", "both: ") if has_repetitions else ())):
+        for name, replace in contents.items():
+            content = ContentLambdas(layers * per_layer, *(() if prefix == "repetition: " else (replace,)))
+            replacement = (name, repetition.means if name == "mean" else ()) if prefix else ()
+            found[prefix + name] = loss(model, batches, content, RepetitionLambdas(layers, vocabulary, *replacement))
+    return found
 
 
 def measure(model: LambdaBertForMaskedLM, batches: Sequence[dict[str, Any]]) -> dict[str, Any]:

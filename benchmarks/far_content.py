@@ -4,9 +4,10 @@
 
 A copy of the model goes on for `--steps` steps at 512 tokens with each path of `PATHS`: beside the content lambda of
 every layer, added to its output, as wide as the layer and with queries, keys and values of its own. Values start at
-zero, so that each copy starts as the model it is; the rest of the model goes on with it. Two rows have no path:
+zero, so that each copy starts as the model it is; the rest of the model goes on with it. Three rows have no path:
 
-- `as it is`, and `position only`, whose content lambdas are zero from the first step on.
+- `as it is`, and `position only`, whose content lambdas are zero from the first step on;
+- `repetition lambda`, whose layers have the library's own, which starts at zero as well.
 
 `attention` compares every token with every other, in O(N^2); its row says how much there is to win. The rows share
 texts, order and masks. Losses are in nats per masked token, 15 % masked; training masks 30 %. What replacing the
@@ -41,7 +42,10 @@ from modeling_lambdabert import LambdaBertForMaskedLM
 
 SHORT, LENGTH, STEP_TOKENS = 128, 512, 4096
 DEPTH = 64  # K and V of a head
-RATE, PATH_RATE, WARMUP = 3e-4, 3e-3, 20  # the rate of a trained model that goes on, and that of new weights
+# the rates of a trained model that goes on, of the matrices of a path, and of the table of a repetition lambda
+RATE, PATH_RATE, TABLE_RATE = 3e-4, 3e-3, 3e-2
+WARMUP = 20  # steps
+AROUND = 5  # R' of a repetition lambda
 
 
 class FarContent(nn.Module):
@@ -113,10 +117,27 @@ def sharpen(path: FarContent) -> None:
 PATHS: dict[str, type[FarContent] | None] = {
     "as it is": None,
     "position only": None,
+    "repetition lambda": None,
     "lambda": Lambda,
     "lambda of the others": LambdaOfOthers,
     "attention": Attention,
 }
+
+
+def open_model(folder: Path, name: str) -> LambdaBertForMaskedLM:
+    """The model of a row before its first step."""
+    model, tokenizer = masked_text.load_lambdabert(folder)
+    if name == "repetition lambda":
+        fields = {"repetition_context_size": AROUND, "mask_token_id": tokenizer.mask_token_id}
+        model = LambdaBertForMaskedLM.from_pretrained(folder, dtype=torch.float32, **fields)
+    add_paths(model, PATHS[name])
+    return model
+
+
+def rate_of(parameter_name: str) -> float:
+    if parameter_name.endswith(".repetition_embeddings"):
+        return TABLE_RATE
+    return PATH_RATE if ".far_content." in parameter_name else RATE
 
 
 def add_paths(model: LambdaBertForMaskedLM, path: type[FarContent] | None) -> None:
@@ -141,9 +162,9 @@ def loss_at_masks(model: LambdaBertForMaskedLM, batch: dict[str, Any], *, bf16: 
 
 def go_on(model: LambdaBertForMaskedLM, batches: masked_text.Batches, name: str, *, bf16: bool) -> None:
     """Trains the model on each batch once, at rates that rise for `WARMUP` steps and fall to 0."""
-    rates: dict[float, list[nn.Parameter]] = {RATE: [], PATH_RATE: []}
+    rates: dict[float, list[nn.Parameter]] = {RATE: [], PATH_RATE: [], TABLE_RATE: []}
     for parameter_name, parameter in model.named_parameters():
-        rates[PATH_RATE if ".far_content." in parameter_name else RATE].append(parameter)
+        rates[rate_of(parameter_name)].append(parameter)
     groups = [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, len(batches))
@@ -215,8 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in options.paths:
                 if (key := f"{name}, seed {seed}") not in record["rows"]:
                     set_seed(seed)
-                    model, _ = masked_text.load_lambdabert(options.model)
-                    add_paths(model, PATHS[name])
+                    model = open_model(options.model, name)
                     with running_variant(name):
                         go_on(model, training, key, bf16=options.bf16)
                     record["rows"][key] = measure(name, model, texts)

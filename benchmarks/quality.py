@@ -72,6 +72,7 @@ UNCHANGED_CONFIG = {
     "local_context_size": None,
     "position_embedding_type": "absolute",
     "content_gain": False,
+    "repetition_context_size": None,
     "classifier_pooling": "cls",
 }
 ARCHITECTURES = ("lambdabert", *PEERS)

@@ -150,6 +150,38 @@ def position_lambda(values, mask, relative_embeddings, local_context_size, key_d
     return result
 
 
+def repetition_lambda(values, mask, tokens, repetition_embeddings, key_depth, value_depth, intra_depth):
+    """lambda_r[b][n][k][v], the mean over other places m of n's token of the sum of T[o][k][u] * values[m + o].
+
+    Args:
+        values: [B][M][V * U].
+        mask: [B][M].
+        tokens: [B][M], ids; a negative one is like no other.
+        repetition_embeddings: [R'][K][U]; offset 0 is its middle.
+    """
+    middle = len(repetition_embeddings) // 2
+    result = []
+    for b in range(len(values)):
+        length = len(values[b])
+        row = []
+        for n in range(length):
+            same = [m for m in range(length) if m != n and mask[b][m] and tokens[b][m] == tokens[b][n] >= 0]
+            at_n = [[0.0] * value_depth for _ in range(key_depth)]
+            for m in same:
+                for r in range(len(repetition_embeddings)):
+                    place = m + r - middle
+                    if not 0 <= place < length or not mask[b][place]:
+                        continue
+                    for k in range(key_depth):
+                        for v in range(value_depth):
+                            for u in range(intra_depth):
+                                value = values[b][place][v * intra_depth + u]
+                                at_n[k][v] += repetition_embeddings[r][k][u] * value / len(same)
+            row.append(at_n)
+        result.append(row)
+    return result
+
+
 def lambda_layer(
     hidden_states,
     mask,
@@ -162,6 +194,8 @@ def lambda_layer(
     num_lambda_queries,
     local_context_size,
     content_gain=None,
+    repetition_embeddings=None,
+    tokens=None,
 ):
     """The layer's output and content lambda.
 
@@ -177,6 +211,8 @@ def lambda_layer(
         num_lambda_queries: H.
         local_context_size: R, or None for the global scope.
         content_gain: K numbers, or None for the paper's layer, in which all are 1.
+        repetition_embeddings: [R'][K][U], or None for the paper's layer, which has no repetition lambda.
+        tokens: [B][N], ids, for a repetition lambda; a negative one is like no other.
 
     Returns:
         output [B][N][H * V] (what stands at padding is of no consequence) and content lambda [B][K][V].
@@ -196,6 +232,14 @@ def lambda_layer(
     position = position_lambda(
         values, mask, relative_embeddings, local_context_size, key_depth, value_depth, intra_depth
     )
+
+    if repetition_embeddings is not None:
+        repetition = repetition_lambda(values, mask, tokens, repetition_embeddings, key_depth, value_depth, intra_depth)
+        for b, row in enumerate(position):
+            for n, at_n in enumerate(row):
+                for k in range(key_depth):
+                    for v in range(value_depth):
+                        at_n[k][v] += repetition[b][n][k][v]
 
     output = []
     for b in range(len(hidden_states)):

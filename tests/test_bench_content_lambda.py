@@ -7,8 +7,9 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks import content_lambda
-from benchmarks.content_lambda import losses
+from benchmarks.content_lambda import RepetitionLambdas, losses
 from modeling_lambdabert import LambdaBertForMaskedLM
+from repetitions_lambdabert import Repetitions
 
 
 @pytest.fixture
@@ -58,6 +59,60 @@ def test_losses(model, batches):
             layer.attention.self.content_gain.zero_()
         assert found["zero"] == pytest.approx(model(**whole).loss.item(), rel=1e-9)
     assert len({round(value, 6) for value in found.values()}) == 4
+
+
+@pytest.fixture
+def repetitive(make_config):
+    """A model of one layer with a repetition lambda, whose content lambdas are 0."""
+    torch.manual_seed(0)
+    config = make_config(num_hidden_layers=1, content_gain=True, repetition_context_size=3, mask_token_id=4)
+    model = LambdaBertForMaskedLM(config).double().eval()
+    torch.nn.init.normal_(model.bert.encoder.layer[0].attention.self.repetition_embeddings)
+    model.bert.encoder.layer[0].attention.output.dense.weight.data.mul_(20.0)
+    return model
+
+
+class TestRepetitionLambdas:
+    def test_texts_that_are_alike(self, repetitive):
+        """Of one layer, [MASK] has no repetition lambda, and the content lambda of another text is the same."""
+        ids = torch.tensor([[5, 6, 7, 8, 4, 9, 5, 6, 7, 8, 4, 9]]).expand(3, -1)
+        labels = ids.masked_fill(ids != 4, -100).masked_fill(ids == 4, 11)
+        found = losses(repetitive, [{"input_ids": ids, "labels": labels}])
+        for kind in ("mean", "another text's", "zero"):
+            assert found[kind] == pytest.approx(found["as they are"], abs=1e-9)
+            assert found[f"both: {kind}"] == pytest.approx(found[f"repetition: {kind}"], abs=1e-9)
+        assert found["repetition: zero"] == pytest.approx(found["as they are"], abs=1e-9), "[MASK] is never repeated"
+
+    def test_zero_is_a_model_without(self, repetitive, batches):
+        found = losses(repetitive, batches)
+        assert len({round(found[name], 6) for name in ("as they are", *list(found)[4:7])}) == 4
+        torch.nn.init.zeros_(repetitive.bert.encoder.layer[0].attention.self.repetition_embeddings)
+        without = losses(repetitive, batches)
+        assert found["repetition: zero"] == pytest.approx(without["as they are"], rel=1e-9)
+        assert len({round(value, 9) for value in without.values()}) == 1
+
+    @pytest.mark.parametrize("kind", ["mean", "another text's"])
+    def test_replacements(self, kind):
+        """Against loops over places."""
+        torch.manual_seed(0)
+        ids = torch.randint(-1, 4, (3, 9))
+        given = torch.randn(3, 9, 2, dtype=torch.float64)
+        repetitions = Repetitions(ids, None)
+        own = repetitions.mean_of_others(given)
+        seen = RepetitionLambdas(1, 4)
+        seen.ids = ids
+        with seen.in_place():
+            torch.testing.assert_close(repetitions.mean_of_others(given), own, rtol=0, atol=0)
+        replaced = RepetitionLambdas(1, 4, kind, seen.means)
+        replaced.ids = ids
+        with replaced.in_place():
+            found = repetitions.mean_of_others(given)
+        for b in range(3):
+            for n in range(9):
+                source, rows = (own, range(3)) if kind == "mean" else (given, [b - 1])
+                places = [source[row, m] for row in rows for m in range(9) if ids[row % 3, m] == ids[b, n] >= 0]
+                expected = sum(places) / len(places) if places else torch.zeros(2, dtype=torch.float64)
+                torch.testing.assert_close(found[b, n], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_command(model, text, tmp_path, monkeypatch):

@@ -36,6 +36,22 @@ def test_a_path_starts_at_nothing_and_is_trained(model, name):
         assert path is None or path.to_values.weight.grad.any()
 
 
+def test_a_repetition_lambda_starts_at_nothing_and_is_trained(model, text, tmp_path):
+    model.float().resize_token_embeddings(200)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    tokenizer.save_pretrained(tmp_path)
+    opened = far_content.open_model(tmp_path, "repetition lambda")
+    assert opened.config.mask_token_id == tokenizer.mask_token_id
+    ids = torch.randint(5, 20, (2, 30))
+    logits = opened(ids).logits
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=0)
+    logits.square().sum().backward()
+    rates = {name: far_content.rate_of(name) for name, _ in opened.named_parameters()}
+    tables = [name for name, rate in rates.items() if rate == far_content.TABLE_RATE]
+    assert len(tables) == 2 and all(opened.get_parameter(name).grad.any() for name in tables)
+
+
 def with_values(kind):
     torch.manual_seed(0)
     path = kind(WIDTH).double()

@@ -33,7 +33,7 @@ def test_what_a_recipe_does_not_say_is_what_it_was(file, tmp_path):
         fields = recipe["pretraining"].get("config_overrides", {}) | model.get("config", {})
         objective = OBJECTIVES[said["objective"]]
         config = models.make_config(
-            None, "config_name", options["config_overrides"], objective=objective, tokens=60, padding=0
+            None, "config_name", options["config_overrides"], objective=objective, tokens=60, padding=0, mask=4
         )
         for field in models.NEW_MODEL_OF_PAIRS:
             assert getattr(config, field) == fields.get(field, getattr(LambdaBertConfig(), field)), (name, field)

@@ -17,6 +17,8 @@ LAMBDA_DEFAULTS = {
     "local_context_size": None,
     "output_lambda_params": False,
     "content_gain": False,
+    "repetition_context_size": None,
+    "mask_token_id": None,
     "classifier_pooling": "cls",
 }
 CUSTOM = {
@@ -28,6 +30,8 @@ CUSTOM = {
     "output_lambda_params": True,
     "lambda_norm": "rms",
     "content_gain": True,
+    "repetition_context_size": 5,
+    "mask_token_id": 103,
     "position_embedding_type": "none",
     "classifier_pooling": "sep",
     "max_position_embeddings": 77,
@@ -85,6 +89,13 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("content_gain", "yes"),
         ("content_gain", 0.0),
         ("content_gain", None),
+        ("repetition_context_size", 2),
+        ("repetition_context_size", 0),
+        ("repetition_context_size", -3),
+        ("repetition_context_size", 5.0),
+        ("mask_token_id", -1),
+        ("mask_token_id", 30522),
+        ("mask_token_id", "[MASK]"),
         ("position_embedding_type", "relative_key"),
         ("position_embedding_type", ""),
         ("position_embedding_type", None),
@@ -196,9 +207,10 @@ def test_a_config_saved_before_a_field_existed_means_the_same(tmp_path):
     LambdaBertConfig().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     fields = json.loads(file.read_text())
-    del fields["content_gain"]
+    del fields["content_gain"], fields["repetition_context_size"]
     file.write_text(json.dumps(fields))
-    assert LambdaBertConfig.from_pretrained(tmp_path).content_gain is False
+    loaded = LambdaBertConfig.from_pretrained(tmp_path)
+    assert loaded.content_gain is False and loaded.repetition_context_size is None
 
 
 def test_unknown_fields_still_load(tmp_path):

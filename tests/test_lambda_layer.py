@@ -14,7 +14,8 @@ import lambda_layer
 import reference
 from lambda_layer import LambdaLayer
 from modeling_lambdabert import LambdaBertModel
-from packing_lambdabert import Packing
+from packing_lambdabert import Packing, Padded
+from repetitions_lambdabert import Repetitions
 
 NORMS = ["none", "layer", "rms", "batch"]
 SCOPES = [1, 3, 25, None]
@@ -78,7 +79,7 @@ def reference_norm(module, kind):
     )
 
 
-def reference_output(layer, config, hidden_states, mask):
+def reference_output(layer, config, hidden_states, mask, tokens=None):
     """Output and content lambda of the definition, with the parameters of `layer`."""
     output, content = reference.lambda_layer(
         hidden_states.tolist(),
@@ -92,13 +93,16 @@ def reference_output(layer, config, hidden_states, mask):
         config.num_lambda_queries,
         config.local_context_size,
         None if layer.content_gain is None else layer.content_gain.tolist(),
+        None if layer.repetition_embeddings is None else layer.repetition_embeddings.tolist(),
+        None if tokens is None else tokens.tolist(),
     )
     return torch.tensor(output, dtype=torch.float64), torch.tensor(content, dtype=torch.float64)
 
 
-def assert_agrees_with_reference(layer, config, hidden_states, mask):
-    expected, expected_content = reference_output(layer, config, hidden_states, mask)
-    output, content = layer(hidden_states, mask)
+def assert_agrees_with_reference(layer, config, hidden_states, mask, tokens=None):
+    expected, expected_content = reference_output(layer, config, hidden_states, mask, tokens)
+    packing = None if tokens is None else Padded(None if mask is None else mask.bool(), tokens)
+    output, content = layer(hidden_states, mask, packing)
     assert output.shape == hidden_states.shape
     assert content.shape == expected_content.shape
     assert torch.isfinite(output).all() and torch.isfinite(content).all()
@@ -269,6 +273,98 @@ class TestContentGain:
         torch.testing.assert_close(output, (queries @ position).flatten(-2), rtol=1e-10, atol=1e-10)
         output.square().sum().backward()
         assert layer.content_gain.grad.all() and not layer.to_keys.weight.grad.any()
+
+
+class TestRepetitionLambda:
+    """What stood around the other occurrences of a token, in every way that the layer computes."""
+
+    @staticmethod
+    def layer(make_config, scope=3, width=3, shape=(6, 3, 4, 2), **fields):
+        config = layer_config(make_config, shape, local_context_size=scope, repetition_context_size=width, **fields)
+        return config, random_layer(config)
+
+    @staticmethod
+    def tokens(batch, length, kinds=4):
+        """[B, N] of so many kinds, -1 among them: one that is like no other."""
+        return torch.randint(-1, kinds - 1, (batch, length), generator=torch.Generator().manual_seed(length))
+
+    @pytest.mark.parametrize("kind", ["none", "tail", "left", "holes", "empty row"])
+    @pytest.mark.parametrize("norm", NORMS)
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_definition(self, make_config, scope, norm, kind):
+        config, layer = self.layer(make_config, scope, lambda_norm=norm)
+        hidden_states = torch.randn(3, 9, 6, dtype=torch.float64)
+        mask, tokens = random_mask(kind, 3, 9), self.tokens(3, 9)
+        assert_agrees_with_reference(layer.train(), config, hidden_states, mask, tokens)
+        with torch.inference_mode():
+            assert_agrees_with_reference(layer.eval(), config, hidden_states, mask, tokens)
+
+    @pytest.mark.parametrize("length", LENGTHS)
+    @pytest.mark.parametrize("width", [1, 5, 9])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_every_shape_width_and_length(self, make_config, shape, width, length):
+        config, layer = self.layer(make_config, 3, width, shape, content_gain=True)
+        hidden_states = torch.randn(2, length, config.hidden_size, dtype=torch.float64)
+        for kinds in (2, length + 2):
+            assert_agrees_with_reference(layer, config, hidden_states, None, self.tokens(2, length, kinds))
+
+    @pytest.mark.parametrize("kind", ["tail", "left", "holes", "empty row"])
+    def test_packed(self, make_config, kind):
+        config, layer = self.layer(make_config)
+        hidden_states, tokens = torch.randn(4, 11, 6, dtype=torch.float64), self.tokens(4, 11)
+        mask = random_mask(kind, 4, 11)
+        mask[3, 4:] = 0
+        packing = Packing(mask.bool(), tokens)
+        expected, _ = reference_output(layer, config, hidden_states, mask, tokens)
+        output, _ = layer(packing.pack(hidden_states), packing=packing)
+        torch.testing.assert_close(output, packing.pack(expected), rtol=1e-10, atol=1e-10)
+
+    def test_gradcheck(self, make_config):
+        config, layer = self.layer(make_config, shape=(4, 2, 2, 2))
+        names, parameters = zip(*layer.named_parameters())
+        assert "repetition_embeddings" in names
+        packing = Padded(random_mask("tail", 2, 6).bool(), self.tokens(2, 6, 3))
+
+        def function(hidden_states, *values):
+            arguments = hidden_states, packing.mask, packing
+            return torch.func.functional_call(layer, dict(zip(names, values)), arguments)[0][packing.mask]
+
+        hidden_states = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)
+        leaves = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+        assert torch.autograd.gradcheck(function, (hidden_states, *leaves))
+
+    def test_a_new_layer_is_the_layer_without(self, make_config):
+        """And the table learns from the first step on."""
+        config = layer_config(make_config, local_context_size=3, repetition_context_size=3)
+        layer = LambdaLayer(config).double()
+        plain = LambdaLayer(layer_config(make_config, local_context_size=3)).double()
+        plain.load_state_dict({n: w for n, w in layer.state_dict().items() if n != "repetition_embeddings"})
+        hidden_states, tokens = torch.randn(2, 7, 6, dtype=torch.float64), self.tokens(2, 7)
+        output, _ = layer(hidden_states, packing=Padded(None, tokens))
+        torch.testing.assert_close(output, plain(hidden_states)[0], rtol=0, atol=0)
+        output.square().sum().backward()
+        assert layer.repetition_embeddings.grad.all()
+
+    def test_tokens_that_occur_once_have_none(self, make_config):
+        _, layer = self.layer(make_config)
+        hidden_states = torch.randn(1, 6, 6, dtype=torch.float64)
+        alone, _ = layer(hidden_states, packing=Padded(None, torch.arange(6)[None]))
+        hidden, _ = layer(hidden_states, packing=Padded(None, torch.full((1, 6), -1)))
+        torch.testing.assert_close(alone, hidden, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_many_occurrences_in_low_precision(self, make_config, dtype):
+        """A sum of 2000 values is not kept in the precision of the values, in which it would stop growing."""
+        ones = torch.ones(1, 2000, 1, dtype=dtype)
+        repetitions = Repetitions(torch.zeros(1, 2000, dtype=torch.long), None)
+        torch.testing.assert_close(repetitions.mean_of_others(ones), ones, rtol=0, atol=0)
+
+    def test_a_layout_without_tokens(self, make_config):
+        _, layer = self.layer(make_config)
+        with pytest.raises(
+            ValueError, match=r"repetition_context_size=3 needs .* packing=Padded\(attention_mask, token_ids"
+        ):
+            layer(torch.randn(1, 4, 6, dtype=torch.float64))
 
 
 class TestTiles:

@@ -154,6 +154,14 @@ class TestSaveAndLoad:
         gained.save_pretrained(tmp_path / "with")
         assert_same_model(model_class.from_pretrained(tmp_path / "with"), gained)
 
+    def test_a_checkpoint_takes_on_a_repetition_lambda_and_stays_as_it_is(self, make_config, make_inputs, tmp_path):
+        model = random_model(LambdaBertModel, make_config())
+        model.save_pretrained(tmp_path)
+        grown = LambdaBertModel.from_pretrained(tmp_path, repetition_context_size=3).eval()
+        assert not any(layer.attention.self.repetition_embeddings.any() for layer in grown.encoder.layer)
+        inputs = make_inputs(LambdaBertModel, model.config)
+        torch.testing.assert_close(grown(**inputs).to_tuple(), model.eval()(**inputs).to_tuple(), rtol=0, atol=0)
+
     @pytest.mark.parametrize("field, value", [("key_depth", 4), ("max_position_embeddings", 41)])
     def test_a_checkpoint_of_another_shape_is_refused(self, make_config, tmp_path, field, value):
         config = make_config(local_context_size=None)
@@ -519,6 +527,7 @@ class TestRemoteCode:
             "model.safetensors",
             "modeling_lambdabert.py",
             "packing_lambdabert.py",
+            "repetitions_lambdabert.py",
         }
         auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
         assert set(auto_map) == {"AutoConfig", *(auto_class.__name__ for auto_class in AUTO_CLASSES.values())}

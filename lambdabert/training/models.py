@@ -22,13 +22,20 @@ logger = logging.getLogger(__name__)
 
 # what a new model has, unless a config or overrides say otherwise: it learns sooner than with the defaults of a config
 # (docs/results.md)
-NEW_MODEL = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True}
+NEW_MODEL = {
+    "local_context_size": 25,
+    "position_embedding_type": "none",
+    "content_gain": True,
+    "repetition_context_size": 5,
+}
 # what one that is trained on pairs has, too: [CLS] does not see where the segments meet
 NEW_MODEL_OF_PAIRS = {**NEW_MODEL, "classifier_pooling": "sep"}
 # the peak learning rate of a new model of so many layers, so wide, with steps of so many tokens
 RATE, RATED_LAYERS, RATED_WIDTH, RATED_TOKENS = 4e-3, 4, 192, 4096
 # prefixes of the names of an encoder's weights
 ENCODER = ("embeddings.", "encoder.")
+# encoder weights that a config may add to a trained model: they start at 0, and the model stays what it is
+NEUTRAL = ".repetition_embeddings"
 
 
 def make_config(
@@ -39,6 +46,7 @@ def make_config(
     objective: Objective,
     tokens: int,
     padding: int,
+    mask: int,
 ) -> LambdaBertConfig:
     """Builds the config of a model.
 
@@ -50,6 +58,7 @@ def make_config(
         objective: what a new model is trained for.
         tokens: the size of the tokenizer's vocabulary, for a new config.
         padding: the id of its padding token, for a new config.
+        mask: the id of its mask token, for a new config.
 
     Raises:
         ValueError: there is no such config, or its fields are invalid.
@@ -57,7 +66,7 @@ def make_config(
     changes = parse_overrides(overrides)
     if name is None:
         defaults = NEW_MODEL_OF_PAIRS if objective.has_pairs else NEW_MODEL
-        values: dict[str, Any] = {**defaults, "vocab_size": tokens, "pad_token_id": padding}
+        values: dict[str, Any] = {**defaults, "vocab_size": tokens, "pad_token_id": padding, "mask_token_id": mask}
     else:
         try:
             values, _ = LambdaBertConfig.get_config_dict(name)
@@ -111,7 +120,7 @@ def check_tokens(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -
     """Refuses a config that belongs to another tokenizer.
 
     Raises:
-        ValueError: it has too few embeddings, or its padding is another token.
+        ValueError: it has too few embeddings, or its padding or mask is another token.
     """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -122,6 +131,13 @@ def check_tokens(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(
             f"pad_token_id={config.pad_token_id} of the model contradicts the tokenizer, whose {tokenizer.pad_token} "
             f"is {tokenizer.pad_token_id}: set pad_token_id={tokenizer.pad_token_id} in --config_overrides."
+        )
+    looks_for_repetitions = config.repetition_context_size is not None
+    if looks_for_repetitions and config.mask_token_id != tokenizer.mask_token_id:
+        raise ValueError(
+            f"mask_token_id={config.mask_token_id} of the model contradicts the tokenizer, whose "
+            f"{tokenizer.mask_token} is {tokenizer.mask_token_id}: its repetition lambda would take hidden tokens for "
+            f"the same. Set mask_token_id={tokenizer.mask_token_id} in --config_overrides."
         )
 
 
@@ -196,7 +212,10 @@ def make_model(
     except RuntimeError as error:
         raise ValueError(f"The weights of {source} have another shape than the config ({error}): {advice}.") from error
     model, report = loaded
-    check_encoder(source, report["missing_keys"], report["unexpected_keys"], advice)
+    added = [name for name in report["missing_keys"] if overridden and name.endswith(NEUTRAL)]
+    if added:
+        logger.info(f"New weights of the encoder, which start at 0: {', '.join(sorted(added))}.")
+    check_encoder(source, set(report["missing_keys"]).difference(added), report["unexpected_keys"], advice)
     if bad := non_finite_weights(model):
         raise ValueError(f"{source} has weights that are not finite ({', '.join(bad[:3])}); name another model.")
     return model

@@ -49,6 +49,7 @@ LAMBDA_FIELDS = (
     "local_context_size",
     "lambda_norm",
     "content_gain",
+    "repetition_context_size",
     "position_embedding_type",
     "classifier_pooling",
 )

@@ -28,6 +28,7 @@ CASES = [
         ("absolute", "none")[i // 2 % 2],
         ("cls", "sep")[i % 2],
         ("float32", "bfloat16")[i // 3 % 2],
+        (3, None)[i // 2 % 2],
     )
     for i, name in enumerate(CLASS_NAMES)
 ]
@@ -79,9 +80,12 @@ def assert_same(actual, expected, **tolerance):
         torch.testing.assert_close(torch.as_tensor(actual[name]), wanted, **tolerance)
 
 
-@pytest.mark.parametrize("name,scope,positions,pooling,dtype", CASES)
-def test_onnx_computes_what_the_model_does(name, scope, positions, pooling, dtype, make_config, make_inputs, tmp_path):
-    model = save_model(tmp_path / "model", make_config, name, scope, positions, dtype, classifier_pooling=pooling)
+@pytest.mark.parametrize("name,scope,positions,pooling,dtype,around", CASES)
+def test_onnx_computes_what_the_model_does(
+    name, scope, positions, pooling, dtype, around, make_config, make_inputs, tmp_path
+):
+    fields = dict(classifier_pooling=pooling, repetition_context_size=around, mask_token_id=4)
+    model = save_model(tmp_path / "model", make_config, name, scope, positions, dtype, **fields)
     done = export_model(tmp_path / "model", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
     axes = ["batch", "choices", "sequence"] if name.endswith("MultipleChoice") else ["batch", "sequence"]

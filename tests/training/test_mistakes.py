@@ -149,6 +149,8 @@ class TestMistakes:
             ("--config_overrides vocab_size=100", "vocab_size=100"),
             ("--config_overrides type_vocab_size=1", "type_vocab_size=1"),
             ("--config_overrides pad_token_id=7", "pad_token_id=7"),
+            ("--config_overrides mask_token_id=7", "mask_token_id=7"),
+            ("--config_overrides repetition_context_size=4", "repetition_context_size=4"),
             ("--config_overrides num_hidden_layers=1000000000", "GiB"),
             ("--config_overrides intermediate_size=1000000000", "intermediate_size=1000000000"),
             ("--config_overrides hidden_size=8000000000000000000", "tensor"),

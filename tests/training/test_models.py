@@ -13,7 +13,7 @@ from lambdabert.training.models import make_config, make_model, peak_learning_ra
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
 from training_support import RECIPE
 
-NEW = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True}
+NEW = {"local_context_size": 25, "position_embedding_type": "none", "content_gain": True, "repetition_context_size": 5}
 
 
 def lambda_fields(config):
@@ -22,23 +22,30 @@ def lambda_fields(config):
 
 class TestNewModel:
     def test_starts_as_measured_unless_told_otherwise(self):
-        config = make_config(None, "config_name", "hidden_size=192", objective=MLM, tokens=60, padding=0)
-        assert lambda_fields(config) == NEW and config.hidden_size == 192 and config.longest_sequence is None
-        told = {"local_context_size": None, "position_embedding_type": "absolute", "content_gain": False}
-        assert lambda_fields(make_config(None, "config_name", told, objective=MLM, tokens=60, padding=0)) == told
+        config = make_config(None, "config_name", "hidden_size=192", objective=MLM, tokens=60, padding=0, mask=4)
+        assert lambda_fields(config) == NEW and (config.hidden_size, config.mask_token_id) == (192, 4)
+        assert config.longest_sequence is None
+        told = {
+            "local_context_size": None,
+            "position_embedding_type": "absolute",
+            "content_gain": False,
+            "repetition_context_size": None,
+        }
+        config = make_config(None, "config_name", told, objective=MLM, tokens=60, padding=0, mask=4)
+        assert lambda_fields(config) == told
 
     @pytest.mark.parametrize("objective, pooling", [(MLM, "cls"), (NSP, "sep"), (SOP, "sep")])
     def test_pairs_are_judged_where_they_meet(self, objective, pooling):
-        config = make_config(None, "config_name", None, objective=objective, tokens=60, padding=0)
+        config = make_config(None, "config_name", None, objective=objective, tokens=60, padding=0, mask=4)
         assert lambda_fields(config) == NEW and config.classifier_pooling == pooling
         told = {"classifier_pooling": "cls"}
-        config = make_config(None, "config_name", told, objective=objective, tokens=60, padding=0)
+        config = make_config(None, "config_name", told, objective=objective, tokens=60, padding=0, mask=4)
         assert config.classifier_pooling == "cls"
 
     @pytest.mark.parametrize("objective", [MLM, SOP])
     def test_a_saved_config_keeps_its_meaning(self, tmp_path, objective):
         LambdaBertConfig().save_pretrained(tmp_path)
-        config = make_config(str(tmp_path), "config_name", None, objective=objective, tokens=60, padding=0)
+        config = make_config(str(tmp_path), "config_name", None, objective=objective, tokens=60, padding=0, mask=4)
         assert lambda_fields(config) == lambda_fields(LambdaBertConfig()) and config.classifier_pooling == "cls"
 
     def test_rate_falls_with_depth_width_and_small_steps(self):
@@ -83,6 +90,18 @@ class TestStoredModel:
         with caplog.at_level("INFO"):
             make_model(LambdaBertForMaskedLM, model.config, str(folder), overridden=False)
         assert "Left out weights" in caplog.text and "cls.seq_relationship.weight" in caplog.text
+
+    def test_a_trained_model_takes_on_a_repetition_lambda(self, stored, caplog):
+        """It starts at 0; a table that is missing in a folder that should have it is a damage."""
+        model, folder = stored
+        fields = {"repetition_context_size": 3, "mask_token_id": 4}
+        config = type(model.config).from_dict(model.config.to_dict() | fields)
+        with caplog.at_level("INFO"):
+            grown = make_model(LambdaBertForMaskedLM, config, str(folder), overridden=True)
+        assert "start at 0: bert.encoder.layer.0.attention.self.repetition_embeddings" in caplog.text
+        assert not grown.bert.encoder.layer[0].attention.self.repetition_embeddings.any()
+        with pytest.raises(ValueError, match="lacks bert.encoder.layer.0.attention.self.repetition_embeddings"):
+            make_model(LambdaBertForMaskedLM, config, str(folder), overridden=False)
 
     @pytest.mark.parametrize(
         "change, named",

@@ -1,0 +1,41 @@
+"""Which tokens of a row are the same, for the lambda of a token's other occurrences."""
+
+import torch
+
+
+class Repetitions:
+    """The places of each row that hold the same token, in O(N log N) time and O(N) memory.
+
+    Args:
+        token_ids: [B, N]; a negative one is like no other token.
+        token_mask: bool [B, N], True = token; None = all are tokens.
+
+    Attributes:
+        slots: [B N], the number of each place's token among the B N of the batch; places of a row that hold the same
+            token have the same.
+        counts: bool [B, N], whether a place is an occurrence of its token.
+    """
+
+    def __init__(self, token_ids: torch.Tensor, token_mask: torch.Tensor | None):
+        batch, length = token_ids.shape
+        in_order, places = token_ids.sort(dim=1)
+        previous = (torch.arange(length, device=token_ids.device) - 1).clamp(min=0)
+        ranks = (in_order != in_order[:, previous]).cumsum(dim=1)
+        rows = torch.arange(batch, device=token_ids.device)[:, None]
+        self.slots = (rows * length + torch.zeros_like(ranks).scatter(1, places, ranks)).flatten()
+        self.counts = token_ids >= 0 if token_mask is None else token_mask & (token_ids >= 0)
+
+    def mean_of_others(self, given: torch.Tensor) -> torch.Tensor:
+        """The mean of [B, N, ...] over the other occurrences of each place's token, in float32 at least while it is
+        summed; 0 where there are none."""
+        sum_dtype = torch.promote_types(given.dtype, torch.float32)
+        counts = self.counts.flatten()[:, None].to(sum_dtype)
+        rows = given.flatten(2).flatten(0, 1).to(sum_dtype) * counts
+        number = self._sum_of_slot(counts) - counts
+        mean = (self._sum_of_slot(rows) - rows) * ((number > 0) / number.clamp(min=1))
+        return mean.view(given.shape).to(given.dtype)
+
+    def _sum_of_slot(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of rows [B N, C] over each slot, at every place of the slot."""
+        slots = self.slots[:, None].expand_as(rows)
+        return torch.zeros_like(rows).scatter_add(0, slots, rows).gather(0, slots)
