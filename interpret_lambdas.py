@@ -191,7 +191,8 @@ def run_map(args: argparse.Namespace) -> None:
     tokens = loaded.tokens(inputs)
     if figures:
         layers = args.layers or range(len(trace.layers))
-        cells = 2 * len(layers) * trace.layers[0].queries.shape[2] * len(tokens) ** 2
+        parts = 3 if trace.has_repetition else 2
+        cells = parts * len(layers) * trace.layers[0].queries.shape[2] * len(tokens) ** 2
         if cells > DRAWN_CELLS:
             raise ValueError(
                 f"layers: {len(layers)} with {len(tokens)} tokens make a figure of {cells} cells, above {DRAWN_CELLS}; "

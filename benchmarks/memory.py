@@ -142,6 +142,10 @@ def four_headed_bert() -> BertConfig:
 MODELS: dict[str, tuple[Any, str | None]] = {
     "K=8": (lambda_config(), None),
     "K=8, content gain": (lambda_config(content_gain=True), None),
+    "K=8, content gain, repetitions": (
+        lambda_config(content_gain=True, repetition_context_size=5),
+        None,
+    ),
     "K=32": (lambda_config(key_depth=32), None),
     "K=32, content gain": (lambda_config(key_depth=32, content_gain=True), None),
     "K=128, content gain": (lambda_config(key_depth=128, content_gain=True), None),
@@ -204,23 +208,27 @@ def run(record: dict[str, Any], file: Path, name: str, task: str, seeds: Sequenc
 
 
 def table(best: dict[str, dict[str, list[float]]]) -> str:
-    """A row for each model, a column for each task."""
-    return markdown_table(
-        ["model", *best], [[name, *(spread(models[name]) for models in best.values())] for name in MODELS]
-    )
+    """A row for each model, a column for each task; empty where it was not run."""
+    names = [name for name in MODELS if any(name in models for models in best.values())]
+    rows = [
+        [name, *(spread(found) if (found := models.get(name)) else "" for models in best.values())] for name in names
+    ]
+    return markdown_table(["model", *best], rows)
 
 
 def draw(best: dict[str, dict[str, list[float]]], file: Path) -> None:
     """A panel for each task: the accuracy of each model, a dot for each seed."""
     figure = Figure(figsize=(2.2 * len(best), 3.2), layout="constrained")
     panels = figure.subplots(1, len(best), sharey=True, squeeze=False)[0]
+    names = [name for name in MODELS if any(name in models for models in best.values())]
     for panel, (task, models) in zip(panels, best.items(), strict=True):
-        for row, accuracies in enumerate(models.values()):
-            panel.plot(accuracies, [row] * len(accuracies), "o", color=f"C{int(list(models)[row] == 'BERT')}")
+        for name, accuracies in models.items():
+            row = names.index(name)
+            panel.plot(accuracies, [row] * len(accuracies), "o", color=f"C{int(name == 'BERT')}")
             panel.plot(statistics.mean(accuracies), row, "|", color="black", markersize=14)
         panel.set(title=task, xlim=(-0.03, 1.03), xlabel="accuracy")
         panel.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(MODELS)), list(MODELS))
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     figure.savefig(file, dpi=110)
 
@@ -231,14 +239,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.memory", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     options = parser.parse_args(argv)
     record: dict[str, Any] = {"steps": STEPS, "accuracy": {}, "best": {}}
     if options.output.exists():
         record = json.loads(options.output.read_text(encoding="utf-8"))
     record["environment"] = environment()
-    for task in TASKS:
-        for name in MODELS:
+    for task in options.tasks:
+        for name in options.models:
             run(record, options.output, name, task, options.seeds)
     write_json(options.output, record)
     print(table(record["best"]))

@@ -71,3 +71,20 @@ def test_command_runs_each_model_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "train", lambda *run: pytest.fail("a finished run was run again"))
     memory.main(["--seeds", "1", "2", "--output", str(output)])
     assert output.with_suffix(".png").stat().st_size > 5_000 and '"best"' in written
+
+
+def test_a_part_of_the_runs(tmp_path, monkeypatch, capsys):
+    """Another call adds to them, and the table has a place for what is missing."""
+    monkeypatch.setattr(memory, "STEPS", 2)
+    monkeypatch.setattr(memory, "TEST", 8)
+    options = ["--seeds", "1", "--output", str(tmp_path / "memory.json")]
+
+    def rows():
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        return {name: [bool(accuracy) for accuracy in accuracies] for name, *accuracies in cells}
+
+    memory.main(["--tasks", "count", "--models", "BERT", *options])
+    assert rows() == {"BERT": [True]}
+    memory.main(["--tasks", "order", "--models", "K=8, content gain, repetitions", *options])
+    assert rows() == {"K=8, content gain, repetitions": [False, True], "BERT": [True, False]}

@@ -37,18 +37,20 @@ class Attribution:
 class LayerContributions:
     """The contributions that pass one lambda layer, by the part that they pass; each is [B, N] for the layer's input.
 
-    Whatever reaches the logit passes every layer, so for each layer the four add up to the sum of all tokens'
+    Whatever reaches the logit passes every layer, so for each layer the five add up to the sum of all tokens'
     contributions. Places are those of the layer's input, which in later layers is mixed from several tokens.
 
     Attributes:
         content: through the content lambda, by keys and values.
         position: through the position lambdas, by values.
+        repetition: through the repetition lambdas, by values; zeros in a model without.
         queries: by the queries that the lambdas are applied to.
         residual: past the layer.
     """
 
     content: torch.Tensor
     position: torch.Tensor
+    repetition: torch.Tensor
     queries: torch.Tensor
     residual: torch.Tensor
 
@@ -75,7 +77,8 @@ def explain_prediction(
 
     The text is compared with a reference, in which each word embedding is half-way to that of [MASK]. The change of
     the logit between the two is written as an exact sum over the tokens, by a backward pass through secants in place of
-    tangents (`secants.py`); the bias is the reference's logit. Costs about as much as five gradients.
+    tangents (`secants.py`); the bias is the reference's logit. Costs about as much as five gradients. The
+    reference has the repetitions of the text: that two tokens are the same does not fade.
 
     Args:
         model: a LambdaBERT with a head, in evaluation mode.
@@ -96,7 +99,8 @@ def explain_prediction(
     with torch.enable_grad(), secants(model) as branches:
         logit, bias = prediction.run(pair)
         ways = [branches[layer] for layer in lambda_layers(model)]
-        slopes = torch.autograd.grad(logit.sum(), [pair, *(tensor for way in ways for tensor in way.tensors())])
+        tensors = [pair, *(tensor for way in ways for tensor in way.tensors())]
+        slopes = torch.autograd.grad(logit.sum(), tensors, materialize_grads=True)  # zeros without a repetition lambda
     tokens = (slopes[0][0] * (words - reference)).sum(-1)
     per_layer = (len(slopes) - 1) // len(ways)
     layers = [_layer_contributions(way, slopes[1 + i * per_layer :][:per_layer]) for i, way in enumerate(ways)]
@@ -111,9 +115,10 @@ def _contributions(slopes: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
 
 def _layer_contributions(way: Branches, slopes: tuple[torch.Tensor, ...]) -> LayerContributions:
     pairs = zip(slopes, way.tensors())
-    total, queries, keys, content_values, position_values = (_contributions(slope, pair) for slope, pair in pairs)
+    total, queries, keys, content_values, position, repetition = (_contributions(slope, pair) for slope, pair in pairs)
     content = content_values + keys
-    return LayerContributions(content, position_values, queries, total - content - position_values - queries)
+    residual = total - content - position - repetition - queries
+    return LayerContributions(content, position, repetition, queries, residual)
 
 
 def integrated_gradients(
@@ -127,7 +132,7 @@ def integrated_gradients(
     """Integrated gradients (Sundararajan et al., arXiv 1703.01365) along the line from [MASK] for every token.
 
     The contributions and the bias, the baseline's logit, add up to the logit as far as `steps` gradients in the middles
-    of equal parts sum up the integral.
+    of equal parts sum up the integral. A repetition lambda sees the same tokens as repeated all along the line.
 
     Args:
         model, inputs, place, token, mask_token_id: as in `explain_prediction`.

@@ -87,13 +87,13 @@ def leave_one_out(
         ValueError: as in `explain_prediction`.
     """
     prediction = Prediction(model, inputs, place, token)
-    words = prediction.embeddings(prediction.input_ids)
-    mask = prediction.mask_embedding(mask_token_id)
-    falls = torch.zeros(prediction.input_ids.shape, dtype=words.dtype, device=words.device)
-    whole = prediction.run(words[None])[0]
+    ids = prediction.input_ids
+    mask = prediction.mask_token(mask_token_id)
+    whole = prediction.run_texts(ids[None])[0]
+    falls = whole.new_zeros(ids.shape)
     for places in _places(prediction.token_mask):
-        removed = torch.stack([words.index_put(tuple(of_rows.T), mask) for of_rows in places])
-        logits = prediction.run(removed)
+        removed = torch.stack([ids.index_put(tuple(of_rows.T), mask) for of_rows in places])
+        logits = prediction.run_texts(removed)
         for of_rows, logit in zip(places, logits):
             falls[tuple(of_rows.T)] = (whole - logit)[of_rows[:, 0]]
     return falls
@@ -113,14 +113,13 @@ def _places(token_mask: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 def removal(model: PreTrainedModel, example: Example, scores: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """How far the logit falls without the candidates with the highest scores [T], one number for each fraction."""
     prediction = Prediction(model, example.inputs, example.place, example.token)
-    words = prediction.embeddings(prediction.input_ids)
     order = example.candidates[scores.argsort(descending=True, stable=True)]
-    texts = [words]
+    texts = [prediction.input_ids]
     for fraction in FRACTIONS:
-        removed = words.clone()
-        removed[0, order[: math.ceil(fraction * len(order))]] = prediction.mask_embedding(mask_token_id)
+        removed = prediction.input_ids.clone()
+        removed[0, order[: math.ceil(fraction * len(order))]] = prediction.mask_token(mask_token_id)
         texts.append(removed)
-    logits = prediction.run(torch.stack(texts))[:, 0]
+    logits = prediction.run_texts(torch.stack(texts))[:, 0]
     return logits[0] - logits[1:]
 
 

@@ -67,7 +67,7 @@ def random_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], se
     """Rows of three models with random weights and the same config, but without a gain.
 
     "random model j, mean hidden state i", "random model j, content lambda i" and "random model j, content lambda, all
-    layers"; layers and models count from 0.
+    layers"; layers and models count from 0. Their repetition lambdas are 0, as in any model that is not trained.
 
     Args, raises: as in `feature_rows`.
     """

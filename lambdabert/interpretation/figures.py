@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 PALETTE = ("#14589c", "#f3f3f1", "#b34a00")  # negative, 0, positive: told apart without seeing red or green
 CELL = 0.13  # inches a token
 LABELS = 40  # tokens; more are not named beside a map
-PARTS_DRAWN = ("content", "position")
 BAR = 33  # colours in a colour bar; matplotlib makes pixels of more than 50
 FAINT = 1 / 256  # of a map's scale; fainter cells are not drawn, which keeps a vector file small
 
@@ -69,7 +68,8 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
         raise ValueError(f"tokens has {len(tokens)} entries for {trace.token_mask.shape[1]} places; give one for each.")
     words = [tokens[place] for place in kept.tolist()]
     layers = range(len(trace.layers)) if layers is None else layers
-    lines = [(layer, part, attention(trace, layer, part)[row].sum(-1)) for layer in layers for part in PARTS_DRAWN]
+    parts = ("content", "position", "repetition") if trace.has_repetition else ("content", "position")
+    lines = [(layer, part, attention(trace, layer, part)[row].sum(-1)) for layer in layers for part in parts]
     queries = lines[0][2].shape[0]
     side = max(1.2, CELL * len(words))
     figure = new_figure(1 + queries * side, 1.3 + len(lines) * (side + 0.2))

@@ -18,9 +18,9 @@ Replacement = torch.Tensor | str | Mapping[str, Any]
 def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replacement]) -> Iterator[PreTrainedModel]:
     """Within this context, layers of the model apply other content lambdas than their own.
 
-    A content lambda has no places, so that of a text of any length fits. The position lambdas stay as they are, and so
-    do values and keys. The model's `lambda_params` show what was applied. A replacement equal to the layer's own
-    content lambda leaves every bit of the output as it was.
+    A content lambda has no places, so that of a text of any length fits. The position and repetition lambdas stay as
+    they are, and so do values and keys. The model's `lambda_params` show what was applied. A replacement equal to the
+    layer's own content lambda leaves every bit of the output as it was.
 
     Args:
         model: a LambdaBERT of any class, in evaluation mode.

@@ -2,6 +2,7 @@
 
 The lambda layer is linear in its values. Without forming lambdas, y[n,h] = sum_m sum_u A[h,n,m,u] V[m,:,u] with the
 signed map A[h,n,m,u] = sum_k Q[n,h,k] (g[k] K[m,k,u] + E[m - n,k,u]). g is the content gain, 1 where there is none.
+A repetition lambda adds to the bracket the mean of T[m - m',k,u] over the other places m' that hold n's token.
 """
 
 from dataclasses import dataclass
@@ -12,33 +13,42 @@ from einops import einsum
 from .models import check_layer, toeplitz
 from .traces import LambdaTrace
 
-PARTS = ("content", "position", "both")
+PARTS = ("content", "position", "repetition", "all")
 
 
-def attention(trace: LambdaTrace, layer: int, part: str = "both") -> torch.Tensor:
+def attention(trace: LambdaTrace, layer: int, part: str = "all") -> torch.Tensor:
     """The signed map A of a layer, [B, H, N, M, U]: its product with the values, summed over M and U, is the output.
 
     Args:
         trace: of `trace_lambdas`.
         layer: 0 for the first.
-        part: "content" for the keys' part, "position" for that of E, "both" for their sum.
+        part: "content" for the keys' part, "position" for that of E, "repetition" for that of T, "all" for the sum.
 
     Returns:
         [B, H, N, M, U], zero where m is padding.
 
     Raises:
-        ValueError: an unknown layer or part.
+        ValueError: an unknown layer or part; the part of T in a model without.
     """
     check_layer(layer, len(trace.layers))
     if part not in PARTS:
         raise ValueError(f"part={part!r} is unknown; give one of {', '.join(PARTS)}.")
     one = trace.layers[layer]
+    if part == "repetition" and one.repetition_embeddings is None:
+        raise ValueError(
+            'part="repetition": the model has no repetition lambda (repetition_context_size=None); give another part.'
+        )
+    batch, length = one.queries.shape[:2]
     parts = []
-    if part != "position":
+    if part in ("content", "all"):
         parts.append(einsum(one.queries, one.content_keys, "b n h k, b m k u -> b h n m u"))
-    if part != "content":
-        embeddings = toeplitz(one.relative_embeddings, one.queries.shape[1])
+    if part in ("position", "all"):
+        embeddings = toeplitz(one.relative_embeddings, length)
         parts.append(einsum(one.queries, embeddings, "b n h k, n m k u -> b h n m u"))
+    if one.repetition_embeddings is not None and part in ("repetition", "all"):
+        around = toeplitz(one.repetition_embeddings, length).expand(batch, -1, -1, -1, -1)
+        around = one.repetitions.mean_of_others(around)
+        parts.append(einsum(one.queries, around, "b n h k, b n m k u -> b h n m u"))
     return sum(parts[1:], parts[0]) * trace.token_mask[:, None, None, :, None]
 
 

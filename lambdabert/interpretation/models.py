@@ -63,6 +63,13 @@ def layer_mask(arguments: tuple, keywords: dict[str, Any]) -> torch.Tensor | Non
     return arguments[1] if len(arguments) > 1 else keywords.get("attention_mask")
 
 
+def layer_repetitions(arguments: tuple, keywords: dict[str, Any]) -> Any:
+    """Which of the [B, N] tokens are the same, a `Repetitions` of the model's code, among the arguments of a lambda
+    layer's forward on a batch that is not packed; None where no layer asks."""
+    layout = arguments[2] if len(arguments) > 2 else keywords.get("packing")
+    return getattr(layout, "repetitions", None)  # the code of an older saved folder has none
+
+
 def normalise(norm: Any, channels: torch.Tensor) -> torch.Tensor:
     """A lambda layer's norm of queries or values [..., C] in evaluation mode, in which it sees one token at a time."""
     # the paper's batch norm takes a mask for its statistics
@@ -99,8 +106,13 @@ def content_gain(layer: Any) -> torch.Tensor:
     return layer.relative_embeddings.new_ones(layer.key_depth) if gain is None else gain
 
 
+def repetition_embeddings(layer: Any) -> torch.Tensor | None:
+    """The table T of the layer's repetition lambda, [R', K, U]; None where it has none."""
+    return getattr(layer, "repetition_embeddings", None)  # the code of an older saved folder has none
+
+
 def toeplitz(relative_embeddings: torch.Tensor, length: int) -> torch.Tensor:
-    """E[m - n] as [N, M, K, U], zero out of scope; the middle of [R, K, U] is the offset 0."""
+    """E[m - n], or T's, as [N, M, K, U], zero out of scope; the middle of [R, K, U] is the offset 0."""
     centre = relative_embeddings.shape[0] // 2
     places = torch.arange(length, device=relative_embeddings.device)
     offsets = rearrange(places, "m -> 1 m") - rearrange(places, "n -> n 1")

@@ -1,6 +1,6 @@
 """What the lambdas of one text hold, as one HTML file that needs no network, no server and no package.
 
-The file holds the factors of the maps, queries, keys and relative embeddings, rather than the maps, which its script
+The file holds the factors of the maps, queries, keys and tables of offsets, rather than the maps, which its script
 multiplies: it grows with N and not with N^2, so that a long text in a deep model stays small. Every tensor is stored in
 16 bits with one scale.
 """
@@ -23,7 +23,7 @@ from .traces import LambdaTrace
 
 MINUS = str.maketrans("-", "−")
 STEPS = 2**15 - 1  # of the scale, on either side of 0
-PARTS_OF_LAYER = ("content", "position", "queries", "residual")
+PARTS_OF_LAYER = ("content", "position", "repetition", "queries", "residual")
 
 
 @dataclass
@@ -90,7 +90,10 @@ def save_html(
         "about": "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>" for name, value in (about or {}).items()
         ),
-        "prediction": _prediction_section(prediction),
+        "prediction": _prediction_section(prediction, trace.has_repetition),
+        "repetition": " through the repetition lambdas, by how far they stand from the token's other occurrences;"
+        if trace.has_repetition
+        else "",
         "table": _token_table(data),
         "plain": html.escape(_plain_text(data)),
         # no tag of the text ends the script that holds it
@@ -112,7 +115,9 @@ def page_data(
     Returns:
         For each layer, packed by `pack`: "queries" [N, H, K], "keys" [N, K, U], "embeddings" [R, K, U] with the offset
         0 in the middle, "shares" [N, K] of `token_shares`, and "left_out" [N, K], by how much of its length a key
-        channel of the content lambda changes when the token is masked.
+        channel of the content lambda changes when the token is masked. Where there is a repetition lambda, also its
+        "repetition_embeddings" [R', K, U]; and, of the text, "same", numbers that are the same for the same token, -1
+        for one like no other.
 
     Raises:
         ValueError: as in `save_html`.
@@ -129,24 +134,36 @@ def page_data(
     for index, layer in enumerate(trace.layers):
         of_tokens = token_shares(trace, index)
         changes = (of_tokens.left_out - layer.content[:, None])[row, kept].norm(dim=-1)
-        centre = layer.relative_embeddings.shape[0] // 2
-        seen = min(centre, length - 1)
         layers.append(
             {
                 "queries": pack(layer.queries[row, kept]),
                 "keys": pack(layer.content_keys[row, kept]),
-                "embeddings": pack(layer.relative_embeddings[centre - seen : centre + seen + 1]),
+                "embeddings": pack(_in_reach(layer.relative_embeddings, length)),
                 "shares": pack(of_tokens.shares[row, kept]),
                 "left_out": pack(changes / layer.content[row].norm(dim=-1).clamp(min=1e-30)),
             }
         )
-    return {
+        if layer.repetition_embeddings is not None:
+            layers[-1]["repetition_embeddings"] = pack(_in_reach(layer.repetition_embeddings, length))
+    data = {
         "tokens": [tokens[place] for place in kept.tolist()],
         "places": kept.tolist(),
         "layers": layers,
         "attributions": _attributions(prediction, kept),
         "chosen": 0 if prediction is None or prediction.place is None else kept.tolist().index(prediction.place),
     }
+    if trace.has_repetition:
+        repetitions = trace.layers[0].repetitions
+        same = repetitions.slots.view(rows, length).masked_fill(~repetitions.counts, -1)
+        data["same"] = same[row, kept].tolist()
+    return data
+
+
+def _in_reach(embeddings: torch.Tensor, length: int) -> torch.Tensor:
+    """The offsets of a table [R, K, U] that occur in a text of that length."""
+    centre = embeddings.shape[0] // 2
+    seen = min(centre, length - 1)
+    return embeddings[centre - seen : centre + seen + 1]
 
 
 def pack(tensor: torch.Tensor) -> dict[str, Any]:
@@ -171,12 +188,13 @@ def _attributions(prediction: ExplainedPrediction | None, kept: torch.Tensor) ->
     return {name: way.tokens[0, kept].tolist() for name, way in prediction.ways().items()}
 
 
-def _prediction_section(prediction: ExplainedPrediction | None) -> str:
+def _prediction_section(prediction: ExplainedPrediction | None, has_repetition: bool) -> str:
     """What is predicted, and by layer what the logit owes to each part; empty without a prediction."""
     if prediction is None:
         return ""
     explanation = prediction.explanation
-    sums = [[getattr(layer, part)[0].sum().item() for part in PARTS_OF_LAYER] for layer in explanation.layers]
+    parts = [part for part in PARTS_OF_LAYER if part != "repetition" or has_repetition]
+    sums = [[getattr(layer, part)[0].sum().item() for part in parts] for layer in explanation.layers]
     logit, bias = explanation.logit[0].item(), explanation.bias[0].item()
     lines = [
         '<section aria-labelledby="h-prediction"><h2 id="h-prediction">The prediction</h2>',
@@ -187,14 +205,15 @@ def _prediction_section(prediction: ExplainedPrediction | None) -> str:
     if prediction.likeliest:
         shown = (f"{html.escape(name)} <b>{probability:.3f}</b>" for name, probability in prediction.likeliest)
         lines.append("<p>Likeliest: " + ", ".join(shown) + ".</p>")
-    head = "".join(f'<th scope="col">{part}</th>' for part in ("layer", *PARTS_OF_LAYER))
+    head = "".join(f'<th scope="col">{part}</th>' for part in ("layer", *parts))
     body = "".join(
         f'<tr><th scope="row">{number}</th>' + "".join(f"<td>{_signed(value)}</td>" for value in values) + "</tr>"
         for number, values in enumerate(sums)
     )
     lines.append(
         "<p>What passes each layer, by the part that it passes: the content lambda (its keys and values), the position "
-        "lambdas, the queries, or the residual past the layer. Each row has the same sum.</p>"
+        f"lambdas, {'the repetition lambdas, ' if has_repetition else ''}the queries, or the residual past the layer. "
+        "Each row has the same sum.</p>"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
     )
     return "\n".join(lines)

@@ -41,8 +41,8 @@ class Prediction:
         table: Any = self.model.get_input_embeddings()
         return table.weight.detach()[input_ids]
 
-    def mask_embedding(self, mask_token_id: int | None) -> torch.Tensor:
-        """The word embedding [D] of [MASK], by default the token at `place` of a masked language model.
+    def mask_token(self, mask_token_id: int | None) -> torch.Tensor:
+        """[MASK] as a tensor [], by default the token at `place` of a masked language model.
 
         Raises:
             ValueError: no id given, and none to be found.
@@ -65,7 +65,11 @@ class Prediction:
             raise ValueError(
                 f"mask_token_id={mask_token_id} is not in the vocabulary; give one of 0 ... {vocabulary - 1}."
             )
-        return self.embeddings(torch.tensor(mask_token_id, device=self.input_ids.device))
+        return self.input_ids.new_tensor(mask_token_id)
+
+    def mask_embedding(self, mask_token_id: int | None) -> torch.Tensor:
+        """The word embedding [D] of [MASK]. Arguments and errors of `mask_token`."""
+        return self.embeddings(self.mask_token(mask_token_id))
 
     def at_place(self, of_tokens: torch.Tensor) -> torch.Tensor:
         """[B, N] or [B, N, C] at the place, [B] or [B, C]."""
@@ -79,17 +83,26 @@ class Prediction:
         return of_tokens[rows, places]
 
     def run(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The logits of S copies of the batch on other word embeddings, [S, B].
+        """The logits of S copies of the batch on other word embeddings, [S, B]; what tokens are the same stays.
 
         Args:
             embeddings: [S, B, N, D]
         """
-        copies = len(embeddings)
-        inputs = {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in self.inputs.items()}
         words = embeddings.flatten(0, 1)  # choices are flattened by the model
         hook = self.model.get_input_embeddings().register_forward_hook(lambda *_: words.flatten(0, -3))
         with hooks([hook]):
-            outputs = self.model(**inputs, output_hidden_states=True, return_dict=True)
+            return self.run_texts(self.input_ids.expand(len(embeddings), *self.input_ids.shape))
+
+    def run_texts(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The logits of S copies of the batch with other tokens, [S, B].
+
+        Args:
+            input_ids: [S, B, N]
+        """
+        copies = len(input_ids)
+        inputs = {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in self.inputs.items()}
+        inputs["input_ids"] = input_ids.flatten(0, 1)
+        outputs = self.model(**inputs, output_hidden_states=True, return_dict=True)
         return torch.stack([self._select(outputs, slice(i * len(self.input_ids), None)) for i in range(copies)])
 
     def _select(self, outputs: Any, rows: slice) -> torch.Tensor:

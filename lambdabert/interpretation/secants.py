@@ -23,7 +23,16 @@ from einops import einsum, rearrange
 from torch import nn
 from transformers import PreTrainedModel
 
-from .models import content_gain, hooks, lambda_layers, layer_mask, normalise, toeplitz
+from .models import (
+    content_gain,
+    hooks,
+    lambda_layers,
+    layer_mask,
+    layer_repetitions,
+    normalise,
+    repetition_embeddings,
+    toeplitz,
+)
 
 ACTIVATIONS = ("intermediate_act_fn", "transform_act_fn", "activation")  # feed-forward, MLM head, pooler
 
@@ -35,7 +44,7 @@ class Branches:
     hidden_states: the layer's input, [2B, N, D], which the residual takes as well.
     queries: [2B, N, H, K]
     key_logits: [2B, M, K U]
-    content_values, position_values: the values [2B, M, V, U] that the content and the position lambda take.
+    content_values, position_values, repetition_values: the values [2B, M, V, U] that each of the lambdas takes.
     """
 
     hidden_states: torch.Tensor
@@ -43,9 +52,17 @@ class Branches:
     key_logits: torch.Tensor
     content_values: torch.Tensor
     position_values: torch.Tensor
+    repetition_values: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.hidden_states, self.queries, self.key_logits, self.content_values, self.position_values
+        return (
+            self.hidden_states,
+            self.queries,
+            self.key_logits,
+            self.content_values,
+            self.position_values,
+            self.repetition_values,
+        )
 
 
 def with_line(value: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
@@ -109,7 +126,7 @@ def softmax(pair: torch.Tensor) -> torch.Tensor:
 
 
 def lambda_output(
-    layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None
+    layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, repetitions: Any
 ) -> tuple[torch.Tensor, Branches]:
     """A lambda layer's output [2B, N, D] and the branches that lead to it.
 
@@ -117,6 +134,7 @@ def lambda_output(
         layer: the lambda layer.
         hidden_states: pair, [2B, N, D].
         token_mask: [2B, N], or None.
+        repetitions: which of the tokens are the same, alike in both halves; None where the layer does not ask.
     """
     queries = norm(layer.query_norm, layer.to_queries(hidden_states))
     queries = rearrange(queries, "b n (h k) -> b n h k", h=layer.num_queries)
@@ -128,14 +146,17 @@ def lambda_output(
         values = values.masked_fill(padding, 0)
     keys = rearrange(softmax(masked_logits), "b m (k u) -> b m k u", u=layer.intra_depth)
     values = rearrange(values, "b m (v u) -> b m v u", u=layer.intra_depth)
-    content_values, position_values = values.view_as(values), values.view_as(values)
+    content_values, position_values, repetition_values = (values.view_as(values) for _ in range(3))
 
     content = product(keys, content_values, "b m k u, b m v u -> b k v")
     content = content * rearrange(content_gain(layer), "k -> k 1")
     embeddings = toeplitz(layer.relative_embeddings, hidden_states.shape[1])
-    position = einsum(embeddings, position_values, "n m k u, b m v u -> b n k v")
-    outputs = product(queries, content[:, None] + position, "b n h k, b n k v -> b n h v")
-    branches = Branches(hidden_states, queries, key_logits, content_values, position_values)
+    lambdas = content[:, None] + einsum(embeddings, position_values, "n m k u, b m v u -> b n k v")
+    if (table := repetition_embeddings(layer)) is not None:
+        around = einsum(toeplitz(table, hidden_states.shape[1]), repetition_values, "n m k u, b m v u -> b n k v")
+        lambdas = lambdas + repetitions.mean_of_others(around)
+    outputs = product(queries, lambdas, "b n h k, b n k v -> b n h v")
+    branches = Branches(hidden_states, queries, key_logits, content_values, position_values, repetition_values)
     return rearrange(outputs, "b n h v -> b n (h v)"), branches
 
 
@@ -156,7 +177,8 @@ def secants(model: PreTrainedModel) -> Iterator[dict[Any, Branches]]:
     within = {id(module) for layer in layers for module in layer.modules()}
 
     def lambda_hook(layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
-        line, branches[layer] = lambda_output(layer, positional[0], layer_mask(positional, keywords))
+        token_mask, repetitions = layer_mask(positional, keywords), layer_repetitions(positional, keywords)
+        line, branches[layer] = lambda_output(layer, positional[0], token_mask, repetitions)
         return with_line(output[0], line), output[1]
 
     handles = [layer.register_forward_hook(lambda_hook, with_kwargs=True) for layer in layers]

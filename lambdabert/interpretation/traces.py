@@ -13,10 +13,12 @@ from .models import (
     hooks,
     lambda_layers,
     layer_mask,
+    layer_repetitions,
     model_inputs,
     project_keys,
     project_queries,
     project_values,
+    repetition_embeddings,
 )
 
 
@@ -33,6 +35,8 @@ class LayerTrace:
         content: the content lambda that was applied, [B, K, V].
         outputs: [B, N, H, V]
         relative_embeddings: the layer's E, [R, K, U]; its middle is the offset m - n = 0.
+        repetition_embeddings: its T, [R', K, U]; its middle is an occurrence itself. None without a repetition lambda.
+        repetitions: the `Repetitions` of the B rows, which say what tokens are the same; None likewise.
     """
 
     hidden_states: torch.Tensor
@@ -43,6 +47,8 @@ class LayerTrace:
     content: torch.Tensor
     outputs: torch.Tensor
     relative_embeddings: torch.Tensor
+    repetition_embeddings: torch.Tensor | None
+    repetitions: Any
 
     @property
     def content_keys(self) -> torch.Tensor:
@@ -63,6 +69,11 @@ class LambdaTrace:
     layers: list[LayerTrace]
     token_mask: torch.Tensor
     outputs: Any
+
+    @property
+    def has_repetition(self) -> bool:
+        """Whether the layers have a repetition lambda."""
+        return self.layers[0].repetition_embeddings is not None
 
 
 @torch.no_grad()
@@ -86,6 +97,7 @@ def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTr
         hidden_states = positional[0]
         token_mask = layer_mask(positional, keywords)
         queries = project_queries(layer, hidden_states)
+        table = repetition_embeddings(layer)
         traces[layer] = LayerTrace(
             hidden_states=hidden_states,
             queries=queries,
@@ -95,6 +107,8 @@ def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTr
             content=output[1],
             outputs=rearrange(output[0], "b n (h v) -> b n h v", h=queries.shape[2]),
             relative_embeddings=layer.relative_embeddings.detach(),
+            repetition_embeddings=None if table is None else table.detach(),
+            repetitions=layer_repetitions(positional, keywords),
         )
 
     with hooks([layer.register_forward_hook(record, with_kwargs=True) for layer in layers]):

@@ -8,19 +8,29 @@ import modeling_lambdabert
 NORMS = ["none", "layer", "rms", "batch"]
 SCOPES = [5, None]
 DEPTHS = [1, 4]
+# a vocabulary so small that random texts, of the ids 5 ... 11, repeat some
+REPETITION = {"repetition_context_size": 3, "mask_token_id": 6, "vocab_size": 12}
 
 
 @pytest.fixture(
     params=[
         *((norm, depth, scope, False) for norm in NORMS for depth in DEPTHS for scope in SCOPES),
         *(("layer", depth, scope, True) for depth in DEPTHS for scope in SCOPES),
+        *(("layer", depth, scope, True, "repetition") for depth in DEPTHS for scope in SCOPES),
     ],
     ids=str,
 )
 def settings(request):
-    """Every norm, intra-depth and scope; and, with either of the last two, a gain of the content lambda."""
-    norm, depth, scope, gain = request.param
-    return {"lambda_norm": norm, "intra_depth": depth, "local_context_size": scope, "content_gain": gain}
+    """Every norm, intra-depth and scope; and, with either of the last two, a gain, alone or beside repetitions."""
+    norm, depth, scope, gain, *repetition = request.param
+    fields = {"lambda_norm": norm, "intra_depth": depth, "local_context_size": scope, "content_gain": gain}
+    return fields | (REPETITION if repetition else {})
+
+
+@pytest.fixture
+def repetition():
+    """Fields of a model with a repetition lambda, whose texts of random tokens have repetitions."""
+    return REPETITION
 
 
 @pytest.fixture
@@ -45,10 +55,14 @@ def make_model(make_config):
 
 @pytest.fixture
 def holey(make_inputs):
-    """Builds a batch for a model: one whole row, one with a hole, one with a tail of padding."""
+    """Builds a batch for a model: one whole row, one with a hole, one with a tail of padding.
+
+    For a repetition lambda, each has two hidden tokens."""
 
     def build(model, **sizes):
         inputs = make_inputs(type(model), model.config, **sizes)
+        if model.config.repetition_context_size is not None:
+            inputs["input_ids"][..., [0, 5]] = model.config.mask_token_id
         inputs["attention_mask"][1, ..., 3:5] = 0
         inputs["attention_mask"][2, ..., 6:] = 0
         return inputs

@@ -57,6 +57,13 @@ def test_adds_up_in_every_class(make_model, masked, name, place, token, scope):
     check_sums(model, masked(model), place, token)
 
 
+@pytest.mark.parametrize("name, place, token", NAMES_AND_QUESTIONS)
+def test_adds_up_in_every_class_with_repetitions(make_model, masked, repetition, name, place, token):
+    model = make_model(name, **repetition)
+    found = check_sums(model, masked(model), place, token)
+    assert all(layer.repetition.abs().max() > 1e-6 for layer in found.layers[:-1])
+
+
 @pytest.mark.parametrize("hidden_act", ["gelu", "relu", "gelu_new", "silu"])
 def test_adds_up_with_every_activation(make_model, masked, hidden_act):
     model = make_model(hidden_act=hidden_act)
@@ -79,8 +86,9 @@ def check_sums(model, inputs, place, token):
     assert (total + found.bias - found.logit).abs().max() < 1e-9
     assert total.abs().min() > 1e-6
     for layer in found.layers:
-        passed = layer.content + layer.position + layer.queries + layer.residual
+        passed = layer.content + layer.position + layer.repetition + layer.queries + layer.residual
         torch.testing.assert_close(passed.reshape(len(total), -1).sum(1), total, rtol=1e-9, atol=1e-9)
+    return found
 
 
 def test_the_bias_is_the_logit_of_the_faded_text(make_model, masked):
@@ -103,6 +111,29 @@ def test_layers_show_the_part_that_is_there(make_model, masked):
     assert first.position.abs().max() < 1e-12 < first.content.abs().max()
     for part in (second.content, second.position, second.queries):
         assert part.abs().max() < 1e-12
+    assert not first.repetition.any() and not second.repetition.any()
+
+
+def test_layers_show_the_repetition_lambda_that_is_there(make_model, masked, repetition):
+    model = make_model(content_gain=True, **repetition)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.relative_embeddings.zero_()
+        model.bert.encoder.layer[0].attention.self.content_gain.zero_()
+        model.bert.encoder.layer[1].attention.self.repetition_embeddings.zero_()
+    first, second = explain_prediction(model, masked(model), 2, 7).layers
+    assert max(first.content.abs().max(), first.position.abs().max()) < 1e-12 < 1e-3 < first.repetition.abs().max()
+    assert second.repetition.abs().max() < 1e-12 < 1e-3 < second.position.abs().max()
+
+
+def test_repetitions_contribute_where_they_stand(make_model, make_inputs, repetition):
+    model = make_model(num_hidden_layers=1, **repetition)
+    inputs = make_inputs(type(model), model.config, batch=1)
+    inputs["input_ids"][:] = torch.tensor([7, 8, 9, 10, 7, 11, 5, 8, 9])
+    (layer,) = explain_prediction(model, inputs, 0, 7, MASK).layers
+    assert layer.repetition[0].abs().gt(1e-9).tolist() == [3 <= place <= 5 for place in range(9)]
+    inputs["input_ids"][0, [0, 4]] = model.config.mask_token_id
+    (layer,) = explain_prediction(model, inputs, 0, 7, MASK).layers
+    assert not layer.repetition.any()
 
 
 def test_one_row_is_explained_as_in_a_batch(make_model, masked):
@@ -139,7 +170,7 @@ def test_leaves_the_model_as_it_was(make_model, masked):
 def test_secants_leave_every_bit_outside_of_lambda_layers(make_model, make_inputs, monkeypatch):
     model = make_model()
     monkeypatch.setattr(
-        secants, "lambda_output", lambda layer, hidden_states, mask: (torch.zeros_like(hidden_states), None)
+        secants, "lambda_output", lambda layer, hidden_states, *_: (torch.zeros_like(hidden_states), None)
     )
     inputs = make_inputs(type(model), model.config, batch=4)
     plain = model(**inputs, output_hidden_states=True).logits
@@ -195,6 +226,13 @@ class TestIntegratedGradients:
         torch.testing.assert_close(total + found.bias, found.logit, rtol=1e-3, atol=1e-3)
         inputs["input_ids"][:] = MASK
         torch.testing.assert_close(found.bias, logits_of(model, inputs, place, token), rtol=1e-9, atol=1e-9)
+
+    def test_completeness_with_repetitions(self, make_model, masked, repetition):
+        model = make_model(**repetition)
+        inputs = masked(model)
+        found = integrated_gradients(model, inputs, 2, 7, steps=400)
+        torch.testing.assert_close(found.logit, logits_of(model, inputs, 2, 7), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found.tokens.sum(1) + found.bias, found.logit, rtol=1e-3, atol=1e-3)
 
     def test_no_step(self, make_model, masked):
         model = make_model()

@@ -8,7 +8,7 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from lambdabert.interpretation import Example, faithfulness, leave_one_out, masked_examples
-from lambdabert.interpretation.faithfulness import spearman
+from lambdabert.interpretation.faithfulness import removal, spearman
 from lambdabert.interpretation.intervals import bootstrap_interval
 
 MASK = 4
@@ -22,8 +22,9 @@ MASK = 4
         ("LambdaBertForMultipleChoice", None, 1),
     ],
 )
-def test_leave_one_out_is_the_text_rerun(make_model, holey, name, place, token):
-    model = make_model(name)
+@pytest.mark.parametrize("has_repetition", [False, True])
+def test_leave_one_out_is_the_text_rerun(make_model, holey, repetition, name, place, token, has_repetition):
+    model = make_model(name, **({**repetition, "mask_token_id": MASK} if has_repetition else {}))
     inputs = holey(model)
 
     def logits(ids):
@@ -38,6 +39,19 @@ def test_leave_one_out_is_the_text_rerun(make_model, holey, name, place, token):
         expected = (logits(inputs["input_ids"]) - logits(ids))[index[0]]
         torch.testing.assert_close(falls[tuple(index)], expected, rtol=1e-9, atol=1e-11)
     assert not falls[inputs["attention_mask"] == 0].any()
+
+
+def test_removal_is_the_text_rerun(make_model, make_inputs, repetition):
+    model = make_model(**{**repetition, "mask_token_id": MASK})
+    inputs = make_inputs(type(model), model.config, batch=1)
+    candidates = torch.tensor([0, 1, 3, 4, 5])
+    falls = removal(model, Example(inputs, 2, 7, candidates), torch.tensor([0.1, 0.5, 0.2, 0.4, 0.3]), MASK)
+    for fall, places in zip(falls, ([1], [1], [1, 4, 5])):
+        ids = inputs["input_ids"].clone()
+        ids[0, places] = MASK
+        with torch.no_grad():
+            whole, less = (model(**inputs | {"input_ids": some}).logits[0, 2, 7] for some in (inputs["input_ids"], ids))
+        torch.testing.assert_close(fall, whole - less, rtol=1e-9, atol=1e-11)
 
 
 def test_spearman():

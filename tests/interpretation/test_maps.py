@@ -5,28 +5,83 @@ import torch
 from einops import einsum
 
 import lambda_kernels
-from lambdabert.interpretation import attention, token_shares, trace_lambdas
+import reference
+from lambdabert.interpretation import attention, draw_maps, token_shares, trace_lambdas
+from packing_lambdabert import Padded
 
 
 def relative_error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def mapped(trace, layer, part="both"):
+def mapped(trace, layer, part="all"):
     """Map times values, [B, N, H, V]."""
     return einsum(attention(trace, layer, part), trace.layers[layer].values, "b h n m u, b m v u -> b n h v")
+
+
+def repetition_output(model, inputs, trace, index):
+    """What the repetition lambda of a layer adds by its definition, [B, N, H, V]; 0 where the model has none."""
+    layer, table = trace.layers[index], model.bert.encoder.layer[index].attention.self.repetition_embeddings
+    if table is None:
+        return torch.zeros_like(layer.outputs)
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.mask_token_id, -1)
+    lambdas = reference.repetition_lambda(
+        layer.values.flatten(2).tolist(),
+        inputs["attention_mask"].tolist(),
+        ids.tolist(),
+        table.tolist(),
+        *layer.content.shape[1:],
+        layer.values.shape[-1],
+    )
+    return einsum(layer.queries, torch.tensor(lambdas, dtype=torch.double), "b n h k, b n k v -> b n h v")
 
 
 @pytest.mark.parametrize("tile", [256, 4])
 def test_map_times_values_is_the_output(make_model, holey, settings, tile, monkeypatch):
     monkeypatch.setattr(lambda_kernels, "TILE", tile)
     model = make_model(**settings)
-    trace = trace_lambdas(model, holey(model))
+    inputs = holey(model)
+    trace = trace_lambdas(model, inputs)
     for index, layer in enumerate(trace.layers):
         assert relative_error(mapped(trace, index), layer.outputs) < 1e-10
         content = einsum(layer.queries, layer.content, "b n h k, b k v -> b n h v")
+        repetition = repetition_output(model, inputs, trace, index)
         assert relative_error(mapped(trace, index, "content"), content) < 1e-10
-        assert relative_error(mapped(trace, index, "position"), layer.outputs - content) < 1e-10
+        assert relative_error(mapped(trace, index, "position"), layer.outputs - content - repetition) < 1e-10
+        assert trace.has_repetition == ("repetition_context_size" in settings)
+        if trace.has_repetition:
+            assert relative_error(mapped(trace, index, "repetition"), repetition) < 1e-10
+            assert repetition.abs().max() > 0.1
+
+
+def test_the_repetition_map_by_its_definition(make_model, holey, repetition):
+    model = make_model(**repetition)
+    inputs = holey(model)
+    trace = trace_lambdas(model, inputs)
+    table = model.bert.encoder.layer[1].attention.self.repetition_embeddings
+    ids, mask = inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()
+    expected = torch.zeros_like(attention(trace, 1))
+    for row in range(3):
+        for n in range(9):
+            same = [
+                m
+                for m in range(9)
+                if m != n and mask[row][m] and ids[row][m] == ids[row][n] != model.config.mask_token_id
+            ]
+            for other in same:
+                for m in range(max(0, other - 1), min(9, other + 2)):
+                    of_queries = trace.layers[1].queries[row, n] @ table[m - other + 1]  # [H, U]
+                    expected[row, :, n, m] += of_queries * mask[row][m] / len(same)
+    assert any(len(set(some)) < 9 for some in ids) and expected.any()
+    torch.testing.assert_close(attention(trace, 1, "repetition"), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_choices_have_repetitions_of_their_own(make_model, holey, repetition):
+    model = make_model("LambdaBertForMultipleChoice", **repetition)
+    trace = trace_lambdas(model, holey(model))
+    assert trace.layers[0].queries.shape[0] == 6
+    for index, layer in enumerate(trace.layers):
+        assert relative_error(mapped(trace, index), layer.outputs) < 1e-10
 
 
 def test_map_times_values_is_the_output_of_packed_tokens(make_model, holey, settings):
@@ -74,7 +129,8 @@ def test_leave_one_out_is_the_layer_rerun(make_model, holey, settings, tile, mon
             mask = inputs["attention_mask"].clone()
             mask[:, place] = 0
             with torch.no_grad():
-                _, content = block.attention.self(trace.layers[index].hidden_states, mask)
+                layout = Padded(mask.bool(), inputs["input_ids"])
+                _, content = block.attention.self(trace.layers[index].hidden_states, mask, layout)
             assert relative_error(left_out[:, place], content) < 1e-10
 
 
@@ -103,12 +159,23 @@ def test_without_its_only_token_the_content_lambda_is_zero(make_model, make_inpu
     assert not found.left_out[0, 0].any() and found.left_out.isfinite().all()
 
 
+def test_figures_have_the_parts_of_the_model(make_model, holey, repetition):
+    pytest.importorskip("matplotlib")
+    for fields, parts in (({}, []), (repetition, ["repetition"])):
+        model = make_model(**fields)
+        figure = draw_maps(trace_lambdas(model, holey(model)), ["word"] * 9, layers=[1])
+        labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+        assert labels == [f"layer 1, {part}" for part in ["content", "position", *parts]]
+
+
 def test_refusals(make_model, holey):
     model = make_model()
     trace = trace_lambdas(model, holey(model))
     with pytest.raises(ValueError, match="layer=2: the model has 2 lambda layers; give one of 0 ... 1"):
         attention(trace, 2)
+    with pytest.raises(ValueError, match='part="repetition": the model has no repetition lambda'):
+        attention(trace, 0, "repetition")
     with pytest.raises(ValueError, match="layer=-1"):
         token_shares(trace, -1)
-    with pytest.raises(ValueError, match="part='keys' is unknown; give one of content, position, both"):
+    with pytest.raises(ValueError, match="part='keys' is unknown; give one of content, position, repetition, all"):
         attention(trace, 0, "keys")

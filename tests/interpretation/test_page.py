@@ -52,9 +52,15 @@ def words():
 
 class TestNumbers:
     @pytest.mark.parametrize("scope", [5, None])
-    @pytest.mark.parametrize("row, gain", [(0, False), (1, False), (2, False), (2, True)])
-    def test_maps_are_those_of_the_api(self, make_model, holey, words, tmp_path, scope, row, gain):
-        model = make_model(local_context_size=scope, content_gain=gain)
+    @pytest.mark.parametrize(
+        "row, gain, has_repetition",
+        [(0, False, False), (1, False, False), (2, False, False), (2, True, False), (0, True, True), (1, True, True)],
+    )
+    def test_maps_are_those_of_the_api(
+        self, make_model, holey, words, tmp_path, repetition, scope, row, gain, has_repetition
+    ):
+        fields = repetition if has_repetition else {}
+        model = make_model(local_context_size=scope, content_gain=gain, **fields)
         trace = trace_lambdas(model, holey(model))
         data = stored(save_html(trace, words, tmp_path / "page.html", row=row))
         kept = trace.token_mask[row].nonzero()[:, 0]
@@ -69,8 +75,20 @@ class TestNumbers:
                 "content": torch.einsum("nhk,mku->hnmu", queries, keys),
                 "position": torch.einsum("nhk,nmku->hnmu", queries, of_offsets),
             }
+            factors = {"content": (keys, layer["keys"]), "position": (embeddings, layer["embeddings"])}
+            assert ("repetition_embeddings" in layer) == ("same" in data) == has_repetition
+            if has_repetition:
+                table = numbers(layer["repetition_embeddings"])
+                factors["repetition"] = table, layer["repetition_embeddings"]
+                maps["repetition"] = torch.zeros_like(maps["content"])
+                for n, number in enumerate(data["same"]):
+                    others = [m for m, other in enumerate(data["same"]) if m != n and other == number != -1]
+                    for other in others:
+                        for m in (offsets[other].abs() <= 1).nonzero()[:, 0].tolist():
+                            of_queries = queries[n] @ table[offsets[other, m] + 1]
+                            maps["repetition"][:, n, m] += of_queries / len(others)
             for part, found in maps.items():
-                other, scale = (keys, layer["keys"]) if part == "content" else (embeddings, layer["embeddings"])
+                other, scale = factors[part]
                 depth = queries.shape[2]
                 # half a step of one factor by the largest of the other, for each key channel
                 bound = depth * (layer["queries"]["scale"] * other.abs().max() + scale["scale"] * queries.abs().max())
@@ -104,6 +122,22 @@ class TestNumbers:
         assert data["chosen"] == 2
         for layer in prediction.explanation.layers:
             assert f"<td>{layer.position.sum():+.3f}</td>".replace("-", "−") in file.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("has_repetition", [False, True])
+    def test_the_table_has_the_parts_of_the_model(self, make_model, holey, words, tmp_path, repetition, has_repetition):
+        model = make_model(**(repetition if has_repetition else {}))
+        inputs = holey(model)
+        prediction = explained(model, inputs)
+        file = save_html(trace_lambdas(model, inputs), words, tmp_path / "page.html", prediction=prediction)
+        table = re.search(r"<table>(.*?)</table>", file.read_text(encoding="utf-8"))[1]
+        parts = ["content", "position", *(["repetition"] if has_repetition else []), "queries", "residual"]
+        assert re.findall('<th scope="col">(.*?)</th>', table) == ["layer", *parts]
+        total = (prediction.explanation.logit - prediction.explanation.bias).item()
+        rows = re.findall("<tr>(<th scope=.row.*?)</tr>", table)
+        for row, layer in zip(rows, prediction.explanation.layers, strict=True):
+            shown = [float(value.replace("−", "-")) for value in re.findall("<td>(.*?)</td>", row)]
+            assert shown == pytest.approx([getattr(layer, part)[0].sum().item() for part in parts], abs=6e-4)
+            assert sum(shown) == pytest.approx(total, abs=3e-3)
 
 
 class TestFile:
@@ -224,7 +258,7 @@ def said(browser, name):
 
 
 def values(text):
-    return [float(number) for number in re.findall(r"(?:content|position|both) (-?[\d.e+-]*\d)", text)]
+    return [float(number) for number in re.findall(r"(?:content|position|repetition|all) (-?[\d.e+-]*\d)", text)]
 
 
 class TestBrowser:
@@ -234,7 +268,7 @@ class TestBrowser:
         assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
         assert browser.title == "What the lambdas hold"
         assert browser.find_elements("css selector", "#tokens button")[3].text == EVIL
-        for name in ("content", "position", "both", "lambda"):
+        for name in ("content", "position", "all", "lambda"):
             colours = browser.execute_script(
                 "const c = document.getElementById(arguments[0]), d = c.getContext('2d')"
                 ".getImageData(0, 0, c.width, c.height).data, seen = new Set();"
@@ -261,7 +295,7 @@ class TestBrowser:
         canvas.send_keys(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.HOME, Keys.ARROW_RIGHT)
         text = said(browser, "maps")
         assert "Layer 1, query 3" in text and "(3) takes from “word1” (1)" in text
-        exact = [attention(trace, 1, part)[0, 3, 3, 1, 0].item() for part in ("content", "position", "both")]
+        exact = [attention(trace, 1, part)[0, 3, 3, 1, 0].item() for part in ("content", "position", "all")]
         assert values(text) == pytest.approx(exact, rel=0.01, abs=1e-4)
 
     def test_says_the_numbers_of_the_api_under_the_pointer(self, page, open_browser):
@@ -278,10 +312,39 @@ class TestBrowser:
         ).perform()
         text = said(browser, "maps")
         assert "“word8” (8) takes from “word8” (8)" in text
-        exact = [attention(trace, 0, part)[0, 0, 8, 8, 0].item() for part in ("content", "position", "both")]
+        exact = [attention(trace, 0, part)[0, 0, 8, 8, 0].item() for part in ("content", "position", "all")]
         assert values(text) == pytest.approx(exact, rel=0.01, abs=1e-4)
         ActionChains(browser).click().perform()
         assert browser.find_elements("css selector", "#tokens button")[8].get_attribute("aria-pressed") == "true"
+
+    def test_repetitions(self, make_model, holey, words, repetition, tmp_path, open_browser):
+        from selenium.webdriver.common.keys import Keys
+
+        model = make_model(intra_depth=1, **repetition)
+        trace = trace_lambdas(model, holey(model))
+        # row 1 has a hole, which offsets are counted across
+        file = save_html(trace, words, tmp_path / "page.html", row=1)
+        parts = ("content", "position", "repetition", "all")
+        for width in (320, 900, 1200):
+            browser = open_browser(file, width=width)
+            assert browser.get_log("browser") == []
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+            options = browser.find_elements("css selector", "#part option")
+            assert [option.text for option in options] == [*parts]
+            across = browser.execute_script("return document.getElementById('map-repetition').clientWidth")
+            assert across > (0.7 if width < 800 else 0.35) * width
+        exact = torch.stack([attention(trace, 0, part)[1, 0, :, :, 0] for part in parts])
+        kept = trace.token_mask[1].nonzero()[:, 0].tolist()
+        canvas = browser.find_element("id", "map-repetition")
+        for place in kept:
+            cells = "return [...document.querySelectorAll('#row-table td')].map(cell => cell.textContent)"
+            shown = [float(cell.replace("−", "-")) for cell in browser.execute_script(cells)]
+            assert shown == pytest.approx(exact[:, place, kept].T.flatten().tolist(), rel=0.01, abs=1e-4)
+            canvas.send_keys(Keys.ARROW_DOWN)
+        assert (exact[2].abs() > 0.01).sum() > 5
+        for option in options:
+            option.click()
+        assert browser.get_log("browser") == []
 
     def test_light_dark_and_narrow(self, page, open_browser):
         def background(browser):
@@ -293,7 +356,7 @@ class TestBrowser:
         for width in (320, 375, 1200):
             browser = open_browser(page[0], width=width)
             assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-            across = browser.execute_script("return document.getElementById('map-both').clientWidth")
+            across = browser.execute_script("return document.getElementById('map-all').clientWidth")
             assert across > 0.7 * width or width == 1200 and across > 300
 
     def test_words_where_scripts_are_off(self, page, open_browser):

@@ -176,9 +176,9 @@ class TestFeatures:
         assert rows["bag of words"][1].nonzero()[:, 0].tolist() == sorted(set(ids))
         assert rows["bag of words"][1].sum() == 7
 
-    @pytest.mark.parametrize("gain", [False, True])
-    def test_random_models_differ(self, make_model, holey, gain):
-        model = make_model(content_gain=gain)
+    @pytest.mark.parametrize("gain, has_repetition", [(False, False), (True, False), (True, True)])
+    def test_random_models_differ(self, make_model, holey, repetition, gain, has_repetition):
+        model = make_model(content_gain=gain, **(repetition if has_repetition else {}))
         state = torch.get_rng_state()
         rows = feature_rows(model, [holey(model)])
         assert torch.equal(torch.get_rng_state(), state)

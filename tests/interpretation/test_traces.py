@@ -6,7 +6,7 @@ from einops import einsum
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import lambda_kernels
-from lambdabert.interpretation import trace_lambdas
+from lambdabert.interpretation import attention, models, trace_lambdas
 
 
 def test_shapes(make_model, holey, model_class):
@@ -51,13 +51,23 @@ def test_leaves_the_model_as_it_was(make_model, holey):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_saved_folder(make_model, holey, tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("has_repetition", [False, True])
+def test_a_saved_folder(make_model, holey, tmp_path, repetition, has_repetition):
+    model = make_model(**(repetition if has_repetition else {}))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
     inputs = holey(model)
-    for mine, other in zip(trace_lambdas(model, inputs).layers, trace_lambdas(loaded, inputs).layers):
-        torch.testing.assert_close(mine.content, other.content)
+    mine, other = trace_lambdas(model, inputs), trace_lambdas(loaded, inputs)
+    assert mine.has_repetition == other.has_repetition == has_repetition
+    for index in range(2):
+        torch.testing.assert_close(mine.layers[index].content, other.layers[index].content)
+        torch.testing.assert_close(attention(mine, index), attention(other, index))
+
+
+def test_an_older_folder_knows_no_repetitions():
+    assert models.repetition_embeddings(torch.nn.Module()) is None
+    assert models.layer_repetitions(("states", "mask"), {}) is None
+    assert models.layer_repetitions(("states", "mask", "layout"), {}) is None
 
 
 def test_tiles(make_model, make_inputs, monkeypatch):
