@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentences = read_sentences(options.sentences)
         loaded = LoadedModel(options.model)
         if getattr(loaded.model.config, "repetition_context_size", None) is not None:
-            raise ValueError(f"model={options.model}: its repetition lambdas would count as position; name one without.")
+            raise ValueError(f"model={options.model}: repetition lambdas would count as position; name one without.")
     taken_with = environment()
     batches = [encode(loaded, sentences[start : start + BATCH]) for start in range(0, len(sentences), BATCH)]
     padding = loaded.tokenizer.pad_token
