@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -196,3 +197,15 @@ class TestChannels:
             torch.testing.assert_close((weights * counts[:, None]).sum(0) / counts.sum(), torch.ones(3))
             assert all(0 < spread <= 1 for spread in layer["spread"])
         assert (tmp_path / "a_keys.png").exists() and (tmp_path / "a_positions.png").exists()
+
+    def test_repetition_lambdas_are_not_taken_for_positions(self, folders, tmp_path):
+        shutil.copytree(folders / "lambda", tmp_path / "model")
+        fields = {"repetition_context_size": 3, "mask_token_id": 4}
+        modeling_lambdabert.LambdaBertForMaskedLM.from_pretrained(tmp_path / "model", **fields).save_pretrained(
+            tmp_path / "model"
+        )
+        lines = ["\t".join([str(i), "fox", "fox", "NOUN", *"_" * 6]) for i in range(1, 6)]
+        (tmp_path / "some.conllu").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
+        arguments = [str(tmp_path / "some.conllu"), "--model", str(tmp_path / "model")]
+        with pytest.raises(SystemExit, match="repetition lambdas would count as position; name one without"):
+            channels.main([*arguments, "--output", str(tmp_path / "a.json")])
