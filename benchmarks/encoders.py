@@ -30,6 +30,7 @@ PARTS = ("forward", "train", "mixed")
 VARIATIONS = ("compiled", "int8", "full")
 VOCABULARY = 30522
 LOCAL_SCOPE = 25
+AROUND = 5  # of a repetition lambda
 
 
 class ProjectionsOnly(LambdaLayer):
@@ -50,13 +51,15 @@ def base_shape(layers: int, length: int, **fields: Any) -> dict[str, Any]:
     return dict(vocab_size=VOCABULARY, num_hidden_layers=layers, max_position_embeddings=length, **fields)
 
 
-def lambda_config(layers: int, length: int, scope: int | None) -> LambdaBertConfig:
-    return LambdaBertConfig(**base_shape(layers, length, local_context_size=scope))
+def lambda_config(layers: int, length: int, scope: int | None, around: int | None = None) -> LambdaBertConfig:
+    return LambdaBertConfig(**base_shape(layers, length, local_context_size=scope, repetition_context_size=around))
 
 
-def lambda_model(layers: int, length: int, scope: int | None, pretraining: bool) -> nn.Module:
-    """LambdaBERT with a local scope, or a global one where it is None."""
-    config = lambda_config(layers, length, scope)
+def lambda_model(
+    layers: int, length: int, scope: int | None, pretraining: bool, around: int | None = None
+) -> nn.Module:
+    """LambdaBERT with a local scope, or a global one where it is None, and with a repetition lambda unless that is."""
+    config = lambda_config(layers, length, scope, around)
     return LambdaBertForPreTrainingNSP(config) if pretraining else LambdaBertModel(config)
 
 
@@ -99,6 +102,9 @@ class Row:
 ROWS = {
     "lambda-local": Row(lambda layers, length, training: lambda_model(layers, length, LOCAL_SCOPE, training)),
     "lambda-global": Row(lambda layers, length, training: lambda_model(layers, length, None, training)),
+    "lambda-repetitions": Row(
+        lambda layers, length, training: lambda_model(layers, length, LOCAL_SCOPE, training, around=AROUND)
+    ),
     "floor": Row(floor_model),
     "bert": Row(bert_model),
     "bert-flash": Row(partial(bert_model, attention="flash_attention_2")),
