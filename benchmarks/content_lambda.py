@@ -30,6 +30,8 @@ from benchmarks.runs import one_line_errors
 from modeling_lambdabert import LambdaBertForMaskedLM
 from repetitions_lambdabert import Repetitions
 
+ORIGINAL_MEAN = Repetitions.mean_of_others
+
 
 class ContentLambdas:
     """Takes the place of `content_lambda` in a model of so many layers, whose calls come layer by layer.
@@ -89,26 +91,18 @@ class RepetitionLambdas:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        original = Repetitions.mean_of_others
-
         def replaced(repetitions: Repetitions, given: torch.Tensor) -> torch.Tensor:
-            own, layer = original(repetitions, given), self.calls % self.layers
+            own, layer = ORIGINAL_MEAN(repetitions, given), self.calls % self.layers
             self.calls += 1
+            is_hidden = (self.ids < 0).view(*self.ids.shape, *[1] * (own.dim() - 2))
             if self.replacement is None:
-                sums, counts = self._by_token(own)
-                self.sums[layer] = self.sums[layer] + sums.sum(0)
-                self.counts[layer] = self.counts[layer] + counts.sum(0)
+                self._add(own, layer)
                 return own
             if self.replacement == "zero":
                 return torch.zeros_like(own)
             if self.replacement == "mean":
-                table = self.means_to_use[layer].expand(len(own), *self.means_to_use[layer].shape)
-            else:
-                sums, counts = self._by_token(given)
-                table = (sums / counts.clamp(min=1)).roll(1, dims=0)
-            rows = torch.arange(len(own))[:, None]
-            is_hidden = (self.ids < 0).view(*self.ids.shape, *[1] * (own.dim() - 2))
-            return table[rows, self.ids.clamp(min=0)].masked_fill(is_hidden, 0)
+                return self.means_to_use[layer][self.ids.clamp(min=0)].masked_fill(is_hidden, 0)
+            return self._of_another_text(given).masked_fill(is_hidden, 0)
 
         with patch.object(Repetitions, "mean_of_others", replaced):
             yield
@@ -118,16 +112,26 @@ class RepetitionLambdas:
         """Of every layer, the mean of each token over its places so far, [vocabulary, ...]; 0 where it has none."""
         return [sums / counts.clamp(min=1) for sums, counts in zip(self.sums, self.counts, strict=True)]
 
-    def _by_token(self, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of [B, N, ...] by row and token, [B, vocabulary, ...], and the numbers of places, the same with ones."""
+    def _add(self, own: torch.Tensor, layer: int) -> None:
+        """Adds [B, N, ...] to the sums of a layer by token."""
         is_seen = self.ids >= 0
-        rows, _ = is_seen.nonzero(as_tuple=True)
-        seen = rows, self.ids[is_seen]
-        sums = given.new_zeros(len(given), self.vocabulary, *given.shape[2:])
-        counts = given.new_zeros(len(given), self.vocabulary, *[1] * (given.dim() - 2))
-        sums.index_put_(seen, given[is_seen], accumulate=True)
-        counts.index_put_(seen, torch.ones_like(counts[seen]), accumulate=True)
-        return sums, counts
+        tokens, of_tokens = self.ids[is_seen], own[is_seen]
+        if not isinstance(self.sums[layer], torch.Tensor):
+            self.sums[layer] = own.new_zeros(self.vocabulary, *own.shape[2:])
+            self.counts[layer] = own.new_zeros(self.vocabulary, *[1] * (own.dim() - 2))
+        self.sums[layer].index_add_(0, tokens, of_tokens)
+        self.counts[layer].index_add_(0, tokens, torch.ones_like(self.counts[layer][tokens]))
+
+    def _of_another_text(self, given: torch.Tensor) -> torch.Tensor:
+        """At each place, the mean of [B, N, ...] over its token's places in the row before; 0 where it has none."""
+        others = given.roll(1, dims=0)
+        both = torch.cat([given, others], dim=1)
+        length = given.shape[1]
+        ids = torch.cat([self.ids, self.ids.roll(1, dims=0)], dim=1)
+        is_of_other = torch.arange(2 * length) >= length
+        # of a place that does not count itself, the mean of others is that over the other text
+        mean = ORIGINAL_MEAN(Repetitions(ids, is_of_other.expand_as(ids)), both)
+        return mean[:, :length]
 
 
 def loss(
