@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from modeling_lambdabert import LambdaBertForMaskedLM
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
-NAMES = ("wikipedia-small", "wikipedia-512")
+NAMES = ("wikipedia-small", "wikipedia-512", "wikipedia-repetitions")
 TEXT = (
     "The village lies on the south bank of the river, a few miles north of the city. It was founded in the early 19th "
     "century, and the first school was opened in 1874. Most of the people who live there work in the city."
