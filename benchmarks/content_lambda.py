@@ -92,17 +92,18 @@ class RepetitionLambdas:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         def replaced(repetitions: Repetitions, given: torch.Tensor) -> torch.Tensor:
-            own, layer = ORIGINAL_MEAN(repetitions, given), self.calls % self.layers
+            layer = self.calls % self.layers
             self.calls += 1
-            is_hidden = (self.ids < 0).view(*self.ids.shape, *[1] * (own.dim() - 2))
             if self.replacement is None:
+                own = ORIGINAL_MEAN(repetitions, given)
                 self._add(own, layer)
                 return own
             if self.replacement == "zero":
-                return torch.zeros_like(own)
+                return torch.zeros_like(given)
             if self.replacement == "mean":
+                is_hidden = (self.ids < 0).view(*self.ids.shape, *[1] * (given.dim() - 2))
                 return self.means_to_use[layer][self.ids.clamp(min=0)].masked_fill(is_hidden, 0)
-            return self._of_another_text(given).masked_fill(is_hidden, 0)
+            return self._of_another_text(given)
 
         with patch.object(Repetitions, "mean_of_others", replaced):
             yield
@@ -116,11 +117,10 @@ class RepetitionLambdas:
         """Adds [B, N, ...] to the sums of a layer by token."""
         is_seen = self.ids >= 0
         tokens, of_tokens = self.ids[is_seen], own[is_seen]
-        if not isinstance(self.sums[layer], torch.Tensor):
-            self.sums[layer] = own.new_zeros(self.vocabulary, *own.shape[2:])
-            self.counts[layer] = own.new_zeros(self.vocabulary, *[1] * (own.dim() - 2))
-        self.sums[layer].index_add_(0, tokens, of_tokens)
-        self.counts[layer].index_add_(0, tokens, torch.ones_like(self.counts[layer][tokens]))
+        sums = own.new_zeros(self.vocabulary, *own.shape[2:]).index_add(0, tokens, of_tokens)
+        counts = tokens.bincount(minlength=self.vocabulary).view(-1, *[1] * (own.dim() - 2))
+        self.sums[layer] = self.sums[layer] + sums
+        self.counts[layer] = self.counts[layer] + counts
 
     def _of_another_text(self, given: torch.Tensor) -> torch.Tensor:
         """At each place, the mean of [B, N, ...] over its token's places in the row before; 0 where it has none."""
