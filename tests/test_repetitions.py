@@ -137,6 +137,14 @@ class TestLayouts:
         exported = torch.export.export(model, (ids, mask)).module()
         torch.testing.assert_close(hidden(exported, ids, mask)[mask.bool()], expected, rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("scope", [5, None])
+    def test_meta_device(self, make_config, scope):
+        with torch.device("meta"):
+            model = LambdaBertModel(make_config(local_context_size=scope, repetition_context_size=3))
+            ids = torch.zeros(2, 7, dtype=torch.long)
+            output = hidden(model, ids, torch.ones_like(ids))
+        assert output.is_meta and output.shape == (2, 7, 20)
+
     def test_checkpointed_activations(self, make_model):
         model, ids = make_model("LambdaBertForMaskedLM").train(), repetitive_ids()
 
