@@ -4,7 +4,13 @@ Every operation of the model gets a straight line through its two values, in pla
 
     elementwise f       f(a) - f(b) = (f(a) - f(b)) / (a - b) * (a - b)
     product a b         a b - a' b' = (a + a') / 2 * (b - b') + (b + b') / 2 * (a - a')
-    norm, softmax       composed of those; batch norm in evaluation mode and what is linear anyway stay as they are
+    quotient c / s      c/s - c'/s' = ((c - c') - (c/s + c'/s') / 2 * (s - s')) / ((s + s') / 2), for norms
+    softmax p of a      p - p' = w (a - a' - mean of a - a' weighted by w), w = (p - p') / (log p - log p')
+
+Batch norm in evaluation mode and what is linear anyway stay as they are. Norms and softmax have lines of their own:
+composed of products and elementwise functions they would be exact as well, but steep where a softmax is sharp or two
+scales are far apart, and would write a small change as a sum of large terms of either sign. (w is the logarithmic mean
+of p and p'; with it both sides add up to 0.)
 
 The lines are exact, so their composition is: by the chain rule, a backward pass through them gives coefficients whose
 product with the change of the input is the change of the output, to rounding. (Rules of this kind, for other networks:
@@ -80,18 +86,21 @@ def middle(pair: torch.Tensor) -> torch.Tensor:
     return _both((first + second) / 2)
 
 
-def elementwise(function: Callable[[torch.Tensor], torch.Tensor], pair: torch.Tensor) -> torch.Tensor:
-    """function(pair) with its secant; its tangent in the middle where the two are too close to be told apart."""
-    value = function(pair).detach()
-    change = pair.detach()[: len(pair) // 2] - pair.detach()[len(pair) // 2 :]
-    difference = value[: len(value) // 2] - value[len(value) // 2 :]
-    centre = middle(pair)[: len(pair) // 2].requires_grad_()
+def secant(function: Callable[[torch.Tensor], torch.Tensor], pair: torch.Tensor) -> torch.Tensor:
+    """Slopes [R, ...] of an elementwise function between the two halves; where these are too close, its tangents."""
+    pair = pair.detach()
+    change, difference = (first - second for first, second in (pair.chunk(2), function(pair).chunk(2)))
+    centre = middle(pair)[: len(change)].requires_grad_()
     with torch.enable_grad():
         (tangent,) = torch.autograd.grad(function(centre).sum(), centre)
     # a quotient loses eps / |change| of its digits, a tangent in the middle change^2
     apart = change.abs() > torch.finfo(pair.dtype).eps ** 0.25
-    slope = torch.where(apart, difference / torch.where(apart, change, 1), tangent)
-    return with_line(value, _both(slope) * pair)
+    return torch.where(apart, difference / torch.where(apart, change, 1), tangent)
+
+
+def elementwise(function: Callable[[torch.Tensor], torch.Tensor], pair: torch.Tensor) -> torch.Tensor:
+    """function(pair) with its secant."""
+    return with_line(function(pair), _both(secant(function, pair)) * pair)
 
 
 def product(first: torch.Tensor, second: torch.Tensor, pattern: str) -> torch.Tensor:
@@ -106,23 +115,17 @@ def norm(module: Any, pair: torch.Tensor) -> torch.Tensor:
         return normalise(module, pair)
     centred = pair - pair.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else pair
     eps = torch.finfo(pair.dtype).eps if module.eps is None else module.eps
-    square = (2 * middle(centred) * centred).mean(-1, keepdim=True)
-    first, second = (centred.detach().square().mean(-1, keepdim=True) + eps).sqrt().chunk(2)
-    # the secant of 1 / sqrt, without a quotient of small numbers
-    slope = _both(-1 / (first * second * (first + second)))
-    line = _both((1 / first + 1 / second) / 2) * centred + middle(centred) * slope * square
+    scale = (centred.detach().square().mean(-1, keepdim=True) + eps).sqrt()
+    scale_line = (middle(centred) * centred).mean(-1, keepdim=True) / middle(scale)
+    line = (centred - middle(centred / scale) * scale_line) / middle(scale)
     return with_line(module.forward(pair), line * module.weight)
 
 
 def softmax(pair: torch.Tensor) -> torch.Tensor:
     """Softmax over axis 1 of [2R, M, C]."""
-    highest = pair.detach().amax(1, keepdim=True).unflatten(0, (2, -1)).amax(0)
-    powers = elementwise(torch.exp, pair - _both(highest))
-    total = powers.sum(1, keepdim=True)
-    first, second = total.detach().chunk(2)
-    inverse = with_line(1 / total, _both(-1 / (first * second)) * total)
-    line = powers * middle(inverse) + middle(powers) * inverse
-    return with_line(pair.softmax(1), line)
+    weight = _both(secant(torch.exp, pair.detach().log_softmax(1)))
+    common = (weight * pair).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+    return with_line(pair.softmax(1), weight * (pair - common))
 
 
 def lambda_output(

@@ -58,3 +58,26 @@ def test_softmax_where_nothing_is_a_token():
     value = secants.softmax(padded)
     (slopes,) = torch.autograd.grad(value.sum(), at)
     assert value.isfinite().all() and not slopes.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lines_of_a_sharp_softmax_are_no_steeper_than_softmax(dtype):
+    """Of logits that agree with one token in the text, and with another in the reference."""
+    at = (40 * pair(20, 3)).to(dtype).detach().requires_grad_()
+    change = at[:2] - at[2:]
+    for token in range(20):
+        value = secants.softmax(at)
+        (slopes,) = torch.autograd.grad(value[:2, token].sum(), at)
+        assert slopes.abs().max() <= 1  # w is at most max(p, p')
+        expected = value[:2, token] - value[2:, token]
+        torch.testing.assert_close((slopes[:2] * change).sum(1), expected, rtol=0, atol=200 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(16), nn.RMSNorm(16, eps=1e-5)], ids=str)
+def test_lines_of_a_norm_are_no_steeper_than_its_mean_scale(module):
+    """Where one of the two is a thousand times as large as the other."""
+    at = (pair(5, 16) * torch.tensor([1, 1, 1e-3, 1e-3]).view(4, 1, 1)).detach().requires_grad_()
+    value, mean_scale = secants.norm(module.double(), at), at.detach()[:2].std(-1).min() / 2
+    for channel in range(16):
+        (slopes,) = torch.autograd.grad(value[:2, :, channel].sum(), at, retain_graph=True)
+        assert slopes.abs().max() * mean_scale < 4  # 1 by the change itself, |c/s| |c/s| / 16 by that of the scale
