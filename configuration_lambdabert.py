@@ -56,7 +56,8 @@ class LambdaBertConfig(BertConfig):
         repetition_context_size: R', the number of positions that a position sees around each other occurrence of its
             token (odd): a third lambda, of what the text says around the same token elsewhere, with a table that
             starts at 0. It needs `input_ids`. `None` is the paper's layer.
-        mask_token_id: the token that hides others; its occurrences are no repetition. `None` = there is none.
+        mask_token_id: the tokenizer's [MASK], whose occurrences are no repetition. `None` = there is none: with a
+            repetition lambda all hidden tokens are then taken for the same.
         position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
         classifier_pooling: the token whose last hidden state the pooling layer takes. "cls" is the first, as in BERT;

@@ -34,6 +34,7 @@ from lambdabert.training.arguments import RunArguments
 from lambdabert.training.checkpoints import CheckpointError
 from lambdabert.training.command import run_command
 from lambdabert.training.memory import check_memory
+from lambdabert.training.models import check_mask
 from lambdabert.training.output_folder import read_record
 from lambdabert.training.recipes import parse_overrides
 from lambdabert.training.rehearsal import TINY_SHAPE
@@ -224,7 +225,8 @@ class Distillation(TrainingRun):
         data_args.check_length(
             bert.config.max_position_embeddings, f"the teacher's {limit}", "lower it; the student may be longer"
         )
-        config = converted_config(bert.config, LambdaBertConfig, self.student_settings())
+        config: Any = converted_config(bert.config, LambdaBertConfig, self.student_settings())
+        check_mask(config, self.tokenizer)
         advice = "lower the former or raise the latter"
         data_args.check_length(config.longest_sequence, f"the student's {limit}", advice)
         check_memory(self.student_class, config, self.training_args, data_args, bert.num_parameters())
@@ -266,6 +268,8 @@ class Distillation(TrainingRun):
     def student_settings(self) -> dict[str, Any]:
         """Fields of the student's config that the options set. Raises ValueError if they set one twice."""
         settings = parse_overrides(self.model_args.config_overrides)
+        if settings.get("repetition_context_size") is not None:
+            settings.setdefault("mask_token_id", self.tokenizer.mask_token_id)
         if self.model_args.max_position_embeddings is None:
             return settings
         if "max_position_embeddings" in settings:

@@ -35,7 +35,7 @@ RATE, RATED_LAYERS, RATED_WIDTH, RATED_TOKENS = 4e-3, 4, 192, 4096
 # prefixes of the names of an encoder's weights
 ENCODER = ("embeddings.", "encoder.")
 # encoder weights that a config may add to a trained model: they start at 0, and the model stays what it is
-NEUTRAL = ".repetition_embeddings"
+NEUTRAL, NEUTRAL_FIELD = ".repetition_embeddings", "repetition_context_size"
 
 
 def make_config(
@@ -120,7 +120,7 @@ def check_tokens(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -
     """Refuses a config that belongs to another tokenizer.
 
     Raises:
-        ValueError: it has too few embeddings, or its padding or mask is another token.
+        ValueError: it has too few embeddings, or its padding is another token; as `check_mask`.
     """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -132,11 +132,21 @@ def check_tokens(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -
             f"pad_token_id={config.pad_token_id} of the model contradicts the tokenizer, whose {tokenizer.pad_token} "
             f"is {tokenizer.pad_token_id}: set pad_token_id={tokenizer.pad_token_id} in --config_overrides."
         )
-    looks_for_repetitions = config.repetition_context_size is not None
-    if looks_for_repetitions and config.mask_token_id != tokenizer.mask_token_id:
+    check_mask(config, tokenizer)
+
+
+def check_mask(config: LambdaBertConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a config whose [MASK] is not the tokenizer's; one without a repetition lambda may leave it out.
+
+    Raises:
+        ValueError: it is another token.
+    """
+    if config.mask_token_id == tokenizer.mask_token_id:
+        return
+    if config.mask_token_id is not None or config.repetition_context_size is not None:
         raise ValueError(
             f"mask_token_id={config.mask_token_id} of the model contradicts the tokenizer, whose "
-            f"{tokenizer.mask_token} is {tokenizer.mask_token_id}: its repetition lambda would take hidden tokens for "
+            f"{tokenizer.mask_token} is {tokenizer.mask_token_id}: a repetition lambda would take hidden tokens for "
             f"the same. Set mask_token_id={tokenizer.mask_token_id} in --config_overrides."
         )
 
@@ -212,7 +222,8 @@ def make_model(
     except RuntimeError as error:
         raise ValueError(f"The weights of {source} have another shape than the config ({error}): {advice}.") from error
     model, report = loaded
-    added = [name for name in report["missing_keys"] if overridden and name.endswith(NEUTRAL)]
+    stored = LambdaBertConfig.get_config_dict(source)[0]
+    added = [name for name in report["missing_keys"] if name.endswith(NEUTRAL) and stored.get(NEUTRAL_FIELD) is None]
     if added:
         logger.info(f"New weights of the encoder, which start at 0: {', '.join(sorted(added))}.")
     check_encoder(source, set(report["missing_keys"]).difference(added), report["unexpected_keys"], advice)

@@ -127,6 +127,12 @@ model.encode(" ".join(texts * 8))
         assert AutoTokenizer.from_pretrained(output_dir).model_max_length > 1e6
         assert LambdaBertModel.from_pretrained(output_dir)(torch.ones(1, 200, dtype=torch.long))[0].shape[1] == 200
 
+    def test_student_with_repetitions_knows_the_mask(self, text, teachers, tmp_path):
+        overrides = {**RECIPE["config_overrides"], "repetition_context_size": 3}
+        output_dir, _ = distilled(tmp_path, text, teachers / "plain", config_overrides=overrides, max_steps=1)
+        tokenizer = AutoTokenizer.from_pretrained(output_dir)
+        assert LambdaBertModel.from_pretrained(output_dir).config.mask_token_id == tokenizer.mask_token_id is not None
+
     def test_streams_and_stretches(self, text, teachers, tmp_path):
         output_dir, _ = distilled(
             tmp_path, text, teachers / "plain", streaming=True, shuffle_buffer_size=8, examples="stretches", max_steps=3

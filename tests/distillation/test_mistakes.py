@@ -65,6 +65,10 @@ class TestMistakes:
             ({"config_overrides": {"num_lambda_queries": 5}}, "num_lambda_queries=5"),
             ({"config_overrides": {"hidden_size": 48}}, "hidden_size=48"),
             ({"config_overrides": "key_depth"}, "field=value"),
+            (
+                {"config_overrides": {"repetition_context_size": 3, "mask_token_id": 3}},
+                "mask_token_id=3 of the model contradicts the tokenizer",
+            ),
             ({"max_seq_length": 41}, "teacher's max_position_embeddings=40"),
             ({"max_position_embeddings": 20}, "student's max_position_embeddings=20"),
             (

@@ -92,7 +92,6 @@ class TestStoredModel:
         assert "Left out weights" in caplog.text and "cls.seq_relationship.weight" in caplog.text
 
     def test_a_trained_model_takes_on_a_repetition_lambda(self, stored, caplog):
-        """It starts at 0; a table that is missing in a folder that should have it is a damage."""
         model, folder = stored
         fields = {"repetition_context_size": 3, "mask_token_id": 4}
         config = type(model.config).from_dict(model.config.to_dict() | fields)
@@ -100,8 +99,15 @@ class TestStoredModel:
             grown = make_model(LambdaBertForMaskedLM, config, str(folder), overridden=True)
         assert "start at 0: bert.encoder.layer.0.attention.self.repetition_embeddings" in caplog.text
         assert not grown.bert.encoder.layer[0].attention.self.repetition_embeddings.any()
+
+    @pytest.mark.parametrize("overridden", [False, True])
+    def test_a_repetition_lambda_that_was_lost_is_a_damage(self, stored, overridden):
+        model, folder = stored
+        fields = {"repetition_context_size": 3, "mask_token_id": 4}
+        config = type(model.config).from_dict(model.config.to_dict() | fields)
+        config.save_pretrained(folder)
         with pytest.raises(ValueError, match="lacks bert.encoder.layer.0.attention.self.repetition_embeddings"):
-            make_model(LambdaBertForMaskedLM, config, str(folder), overridden=False)
+            make_model(LambdaBertForMaskedLM, config, str(folder), overridden=overridden)
 
     @pytest.mark.parametrize(
         "change, named",
