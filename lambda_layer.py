@@ -117,9 +117,10 @@ def repetition_outputs(
     Returns:
         [B, N, H, V], zero where a token occurs once.
     """
-    width = repetition_embeddings.shape[0]
-    around = F.pad(values, (0, 0, 0, 0, width // 2, width // 2)).unfold(1, width, 1)
-    elsewhere = repetitions.mean_of_others(rearrange(around, "b m v u r -> b m (r u) v"))
+    width, length = repetition_embeddings.shape[0], values.shape[1]
+    padded = F.pad(values, (0, 0, 0, 0, width // 2, width // 2))
+    around = torch.stack([padded[:, r : r + length] for r in range(width)], dim=2)
+    elsewhere = repetitions.mean_of_others(rearrange(around, "b m r v u -> b m (r u) v"))
     return queries @ rearrange(repetition_embeddings, "r k u -> k (r u)") @ elsewhere
 
 
@@ -289,18 +290,20 @@ class LambdaLayer(nn.Module):
         Args:
             hidden_states: [B, N, D]; or the real tokens alone, [1, T, D], with `packing`.
             attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens.
-            packing: the layout of packed tokens, in place of the mask; None = [B, N] as given. A repetition lambda
-                needs one that was given the token ids.
+            packing: the layout of the tokens, with their mask; None = [B, N] as given. A repetition lambda needs one
+                that was given the token ids, -1 at each [MASK].
 
         Returns:
             The output, shaped as `hidden_states`, and the content lambda [B, K, V].
 
         Raises:
             ValueError: the mask is not [B, N] or holds something other than 0 and 1; N is 0 or exceeds the offset table
-                of a global scope; a layout without the token ids that a repetition lambda needs.
+                of a global scope; a layout without the token ids that a repetition lambda needs, or without the mask.
         """
-        token_mask = as_token_mask(attention_mask, hidden_states)
-        layout = packing or Padded(token_mask)
+        layout = Padded(as_token_mask(attention_mask, hidden_states)) if packing is None else packing
+        if attention_mask is not None and layout.attention_mask is None:
+            raise ValueError("attention_mask: packing has none; give it to packing, as Padded(mask.bool(), token_ids).")
+        token_mask = layout.attention_mask
         queries = _normalise(self.query_norm, self.to_queries(hidden_states), token_mask)
         keys = self.to_keys(hidden_states)
         values = _normalise(self.value_norm, self.to_values(hidden_states), token_mask)
@@ -340,7 +343,7 @@ class LambdaLayer(nn.Module):
         if self.repetition_embeddings is not None and repetitions is None:
             raise ValueError(
                 f"repetition_context_size={len(self.repetition_embeddings)} needs to know which tokens are the same: "
-                "give the layer packing=Padded(attention_mask, token_ids)."
+                "give the layer packing=Padded(attention_mask.bool(), token_ids), with -1 at each [MASK]."
             )
         softmax_dtype = torch.promote_types(keys.dtype, torch.float32)
         if token_mask is not None:
@@ -360,6 +363,6 @@ class LambdaLayer(nn.Module):
         outputs = fastest_outputs(
             queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
         )
-        if self.repetition_embeddings is not None and repetitions is not None:
+        if repetitions is not None and self.repetition_embeddings is not None:
             outputs = outputs + repetition_outputs(queries, values, self.repetition_embeddings, repetitions)
         return rearrange(outputs, "b n h v -> b n (h v)"), content

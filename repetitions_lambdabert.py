@@ -13,7 +13,7 @@ class Repetitions:
     Attributes:
         slots: [B N], the number of each place's token among the B N of the batch; places of a row that hold the same
             token have the same.
-        counts: bool [B, N], whether a place is an occurrence of its token.
+        occurs: bool [B, N], whether a place is an occurrence of its token.
         others: [B N, 1], how many other occurrences each place's token has, in float32.
     """
 
@@ -21,18 +21,18 @@ class Repetitions:
         batch, length = token_ids.shape
         in_order, places = token_ids.sort(dim=1)
         previous = (torch.arange(length, device=token_ids.device) - 1).clamp(min=0)
-        ranks = (in_order != in_order[:, previous]).cumsum(dim=1)
+        ranks = (in_order != in_order[:, previous]).long().cumsum(dim=1)
         rows = torch.arange(batch, device=token_ids.device)[:, None]
         self.slots = (rows * length + torch.zeros_like(ranks).scatter(1, places, ranks)).flatten()
-        self.counts = token_ids >= 0 if token_mask is None else token_mask & (token_ids >= 0)
-        counts = self.counts.flatten()[:, None].float()
-        self.others = self._sum_of_slot(counts) - counts
+        self.occurs = token_ids >= 0 if token_mask is None else token_mask & (token_ids >= 0)
+        ones = self.occurs.flatten()[:, None].float()
+        self.others = self._sum_of_slot(ones) - ones
 
     def mean_of_others(self, given: torch.Tensor) -> torch.Tensor:
         """The mean of [B, N, ...] over the other occurrences of each place's token, in float32 at least while it is
         summed; 0 where there are none."""
         sum_dtype = torch.promote_types(given.dtype, torch.float32)
-        rows = given.flatten(2).flatten(0, 1).to(sum_dtype) * self.counts.flatten()[:, None]
+        rows = given.flatten(2).flatten(0, 1).to(sum_dtype) * self.occurs.flatten()[:, None]
         others = self.others.to(sum_dtype)
         mean = (self._sum_of_slot(rows) - rows) * ((others > 0) / others.clamp(min=1))
         return mean.view(given.shape).to(given.dtype)

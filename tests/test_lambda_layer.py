@@ -362,7 +362,7 @@ class TestRepetitionLambda:
     def test_a_layout_without_tokens(self, make_config):
         _, layer = self.layer(make_config)
         with pytest.raises(
-            ValueError, match=r"repetition_context_size=3 needs .* packing=Padded\(attention_mask, token_ids"
+            ValueError, match=r"repetition_context_size=3 needs .* packing=Padded\(attention_mask.bool\(\), token_ids"
         ):
             layer(torch.randn(1, 4, 6, dtype=torch.float64))
 

@@ -13,11 +13,16 @@ SHAPES = [(2, 5), (4, 33), (1, 200), (7, 1)]  # B, N
 LONGEST = 200
 
 
-@pytest.fixture(params=[5, None], ids=["local", "global"])
+@pytest.fixture(params=[(5, None), (None, 3)], ids=["local", "global with repetitions"])
 def exportable(request, model_class, make_config, make_inputs):
     """A model, an example, and other padded batches with what the model makes of them."""
+    scope, around = request.param
     config = make_config(
-        local_context_size=request.param, max_position_embeddings=LONGEST, num_hidden_layers=1, return_dict=False
+        local_context_size=scope,
+        repetition_context_size=around,
+        max_position_embeddings=LONGEST,
+        num_hidden_layers=1,
+        return_dict=False,
     )
     torch.manual_seed(0)
     model = model_class(config).eval()

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import modeling_lambdabert
+from lambda_layer import LambdaLayer
 from modeling_lambdabert import LambdaBertModel
+from packing_lambdabert import Packing, Padded
 from repetitions_lambdabert import Repetitions
 
 MASK = 4
@@ -164,6 +166,30 @@ class TestLayouts:
         together = model(ids.view(3, 2, 17)).logits
         apart = torch.cat([model(ids[i : i + 1][None]).logits for i in range(6)]).view(3, 2)
         torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+
+
+class TestLayer:
+    """The layer without a model around it."""
+
+    @pytest.mark.parametrize("lambda_norm", ["batch", "layer"])
+    def test_the_mask_is_that_of_the_layout(self, make_config, lambda_norm):
+        """In the statistics of a batch norm too."""
+        layer = LambdaLayer(make_config(repetition_context_size=3, lambda_norm=lambda_norm)).double().train()
+        ids, mask = repetitive_ids(), torch.ones(4, 17, dtype=torch.bool)
+        mask[1, 9:] = mask[2, :4] = False
+        torch.manual_seed(0)
+        states = torch.randn(4, 17, layer.to_keys.in_features, dtype=torch.float64)
+        packing = Packing(mask, ids)
+        packed = packing.unpack(layer(packing.pack(states), packing=packing)[0])
+        for given in (None, mask):
+            padded = layer(states, given, Padded(mask, ids))[0]
+            torch.testing.assert_close(padded[mask], packed[mask], rtol=0, atol=1e-12)
+
+    def test_a_mask_that_the_layout_lacks(self, make_config):
+        layer, ids = LambdaLayer(make_config(repetition_context_size=3)), repetitive_ids()
+        states = torch.randn(4, 17, layer.to_keys.in_features)
+        with pytest.raises(ValueError, match="attention_mask: packing has none"):
+            layer(states, torch.ones_like(ids), Padded(None, ids))
 
 
 def test_embeddings_do_not_tell_which_tokens_are_the_same(make_model):

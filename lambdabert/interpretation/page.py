@@ -154,7 +154,7 @@ def page_data(
     }
     if trace.has_repetition:
         repetitions = trace.layers[0].repetitions
-        same = repetitions.slots.view(rows, length).masked_fill(~repetitions.counts, -1)
+        same = repetitions.slots.view(rows, length).masked_fill(~repetitions.occurs, -1)
         data["same"] = same[row, kept].tolist()
     return data
 
