@@ -131,7 +131,7 @@ def write_program(loaded: LoadedProgram, kind: Format, file: Path, quantize: str
         return
     exact = file.with_stem("exact")
     kind.write(loaded, exact)
-    quantise(exact, file)
+    quantise(exact, file, loaded)
     exact.unlink()
 
 

@@ -24,6 +24,8 @@ AXES = ("batch", "choices", "sequence")
 def make_inputs(loaded: LoadedProgram, batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs: rows with a tail of padding and with padding in front, and a last one of padding alone.
 
+    Half of the tokens are among a few that come again and again, [MASK] too where the config names it.
+
     Args:
         loaded: the model.
         batch: B.
@@ -42,6 +44,11 @@ def make_inputs(loaded: LoadedProgram, batch: int, length: int, seed: int = 0) -
     if batch > 2:
         mask[-1] = 0
     ids = torch.randint(loaded.config.vocab_size, shape, generator=generator)
+    few = torch.randint(loaded.config.vocab_size, (8,), generator=generator)
+    if loaded.config.mask_token_id is not None:
+        few[0] = loaded.config.mask_token_id
+    again = torch.rand(shape, generator=generator) < 0.5
+    ids = torch.where(again, few[torch.randint(len(few), shape, generator=generator)], ids)
     types = torch.randint(loaded.config.type_vocab_size, shape, generator=generator)
     return dict(zip(INPUTS, (ids, mask, types), strict=True))
 
@@ -148,14 +155,15 @@ def guard_length(proto: Any, limit: int) -> None:
     proto.graph.node.extend(nodes)
 
 
-def quantise(source: Path, file: Path) -> None:
+def quantise(source: Path, file: Path, loaded: LoadedProgram) -> None:
     """Writes an ONNX file with the weights of its linear layers in int8, one scale for each output channel.
 
-    Activations are quantised as they come. What is made of E stays in float32, as all but linear layers do.
+    Activations are quantised as they come. What is made of E and T stays in float32, as all but linear layers do.
 
     Args:
         source: the file in float32.
         file: the file to write.
+        loaded: the model that `source` was made of.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -169,7 +177,7 @@ def quantise(source: Path, file: Path) -> None:
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=linear_layers(proto),
+            nodes_to_quantize=linear_layers(proto, loaded.program),
         )
 
 
@@ -185,7 +193,8 @@ def store_transposed(proto: Any) -> None:
         proto.graph.node.remove(node)
 
 
-def linear_layers(proto: Any) -> list[str]:
-    """Names of the products with a stored matrix."""
-    stored = {tensor.name for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+def linear_layers(proto: Any, model: torch.nn.Module) -> list[str]:
+    """Names of the products with a stored matrix that has the shape of a linear layer's; T has another."""
+    shapes = {tuple(layer.weight.T.shape) for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
+    stored = {tensor.name for tensor in proto.graph.initializer if tuple(tensor.dims) in shapes}
     return [node.name for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] in stored]
