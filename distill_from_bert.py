@@ -266,7 +266,11 @@ class Distillation(TrainingRun):
         return getattr(modeling_lambdabert, STUDENTS.get(type(self.teacher.model).__name__, "LambdaBertModel"))
 
     def student_settings(self) -> dict[str, Any]:
-        """Fields of the student's config that the options set. Raises ValueError if they set one twice."""
+        """Fields of the student's config that the options set, and the [MASK] that a repetition lambda needs.
+
+        Raises:
+            ValueError: the options set a field twice.
+        """
         settings = parse_overrides(self.model_args.config_overrides)
         if settings.get("repetition_context_size") is not None:
             settings.setdefault("mask_token_id", self.tokenizer.mask_token_id)

@@ -363,6 +363,6 @@ class LambdaLayer(nn.Module):
         outputs = fastest_outputs(
             queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
         )
-        if repetitions is not None and self.repetition_embeddings is not None:
+        if self.repetition_embeddings is not None and repetitions is not None:
             outputs = outputs + repetition_outputs(queries, values, self.repetition_embeddings, repetitions)
         return rearrange(outputs, "b n h v -> b n (h v)"), content

@@ -171,10 +171,13 @@ class TestLayouts:
 class TestLayer:
     """The layer without a model around it."""
 
+    @pytest.mark.parametrize("scope", [5, None])
     @pytest.mark.parametrize("lambda_norm", ["batch", "layer"])
-    def test_the_mask_is_that_of_the_layout(self, make_config, lambda_norm):
+    def test_the_mask_is_that_of_the_layout(self, make_config, lambda_norm, scope):
         """In the statistics of a batch norm too."""
-        layer = LambdaLayer(make_config(repetition_context_size=3, lambda_norm=lambda_norm)).double().train()
+        fields = dict(repetition_context_size=3, lambda_norm=lambda_norm, local_context_size=scope)
+        layer = LambdaLayer(make_config(**fields)).double().train()
+        torch.nn.init.normal_(layer.repetition_embeddings)
         ids, mask = repetitive_ids(), torch.ones(4, 17, dtype=torch.bool)
         mask[1, 9:] = mask[2, :4] = False
         torch.manual_seed(0)

@@ -222,8 +222,9 @@ def make_model(
     except RuntimeError as error:
         raise ValueError(f"The weights of {source} have another shape than the config ({error}): {advice}.") from error
     model, report = loaded
-    stored = LambdaBertConfig.get_config_dict(source)[0]
-    added = [name for name in report["missing_keys"] if name.endswith(NEUTRAL) and stored.get(NEUTRAL_FIELD) is None]
+    added = [name for name in report["missing_keys"] if name.endswith(NEUTRAL)]
+    if added and LambdaBertConfig.get_config_dict(source)[0].get(NEUTRAL_FIELD) is not None:
+        added = []  # the source should have them
     if added:
         logger.info(f"New weights of the encoder, which start at 0: {', '.join(sorted(added))}.")
     check_encoder(source, set(report["missing_keys"]).difference(added), report["unexpected_keys"], advice)
