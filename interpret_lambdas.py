@@ -38,6 +38,7 @@ from lambdabert.interpretation import (
     trace_lambdas,
 )
 from lambdabert.interpretation.figures import draw_contributions, draw_maps, draw_probes, save_figure
+from lambdabert.interpretation.intervals import FEWEST_GROUPS
 from lambdabert.interpretation.loading import LoadedModel, read_texts
 from lambdabert.interpretation.page import PARTS_OF_LAYER
 
@@ -120,7 +121,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise ValueError(f"output={repeated[0]} is named twice; name each file once.")
     needs = [*args.needs, *(["matplotlib"] if ends_in(args, FIGURES) else [])]
     if missing := [PACKAGES[module] for module in needs if find_spec(module) is None]:
-        raise ValueError(f'{" and ".join(missing)} is not installed: pip install "lambdabert[interpretation]"')
+        raise ValueError(f"{' and '.join(missing)} is not installed: pip install {' '.join(missing)}")
 
 
 def ends_in(args: argparse.Namespace, ends: Sequence[str]) -> list[str]:
@@ -316,6 +317,12 @@ def run_probe(args: argparse.Namespace) -> None:
                 for row in rows
             ],
         )
+        if (groups := rows[0]["full"]["test groups"]) < FEWEST_GROUPS:
+            print(
+                f"warning: intervals of {task.name} rest on the {groups} targets of its test examples. Fewer than "
+                f"{FEWEST_GROUPS} are too few for them, and no row counts as encoded.",
+                file=sys.stderr,
+            )
     for name in ends_in(args, FIGURES):
         save_figure(draw_probes(results), name)
     write_json(args, loaded, {"tasks": results})

@@ -331,6 +331,9 @@ class LambdaLayer(nn.Module):
             values: [B, N, V U]
             token_mask: bool [B, N], True = token; None = all are.
             repetitions: which of the tokens are the same; needed for a repetition lambda.
+
+        Raises:
+            ValueError: no tokens; more than a global scope takes; `repetitions` missing.
         """
         batch, length, _ = queries.shape
         if length == 0:

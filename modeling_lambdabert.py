@@ -234,6 +234,8 @@ class LambdaBertAttention(BertAttention):
 
 
 class LambdaBertLayer(BertLayer):
+    """A lambda layer and a feed-forward layer, each with residual and norm: [B, N, D] to [B, N, D]."""
+
     def __init__(self, config: LambdaBertConfig):
         nn.Module.__init__(self)
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
@@ -263,6 +265,8 @@ class LambdaBertLayer(BertLayer):
 
 
 class LambdaBertEncoder(BertEncoder):
+    """All layers, one after the other: [B, N, D] to [B, N, D]."""
+
     def __init__(self, config: LambdaBertConfig):
         nn.Module.__init__(self)
         self.config = config

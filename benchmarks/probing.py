@@ -112,6 +112,7 @@ def compare(found: Mapping[str, ProbeResult]) -> dict[str, Any]:
             "pick": chosen[family],
             "accuracy": of_row[family].accuracy,
             "interval": of_row[family].interval,
+            "test groups": of_row[family].test_groups,
             "selectivity": of_row[family].selectivity,
             "codelength": of_row[family].codelength,
             "random models": [result.accuracy for result in random_models],

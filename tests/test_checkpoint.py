@@ -1,5 +1,6 @@
 """The trained models in `checkpoints/` load from the repository alone and have learned more than word frequencies."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from configuration_lambdabert import LambdaBertConfig
+from lambdabert.text.objectives import OBJECTIVES
+from lambdabert.training.models import make_config
+from lambdabert.training.report import CONFIG_FIELDS
 from modeling_lambdabert import LambdaBertForMaskedLM
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -26,6 +31,16 @@ def checkpoint(request):
 
 def test_all_are_tested():
     assert {folder.name for folder in CHECKPOINTS.iterdir()} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["wikipedia-small", "wikipedia-512"])
+def test_a_recipe_makes_the_model_that_is_shipped(name):
+    recipe = json.loads((CHECKPOINTS.parent / f"configs/{name.replace('-', '_')}.json").read_text(encoding="utf-8"))
+    shipped = LambdaBertConfig.from_pretrained(CHECKPOINTS / name)
+    overrides, objective = recipe["config_overrides"], OBJECTIVES[recipe["objective"]]
+    config = make_config(None, "", overrides, objective=objective, tokens=shipped.vocab_size, padding=0, mask=4)
+    for field in (*CONFIG_FIELDS, "pad_token_id"):
+        assert getattr(config, field) == getattr(shipped, field), field
 
 
 def test_size(checkpoint):

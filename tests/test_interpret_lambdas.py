@@ -262,6 +262,7 @@ class TestProbe:
         assert by_name["majority"]["full"]["accuracy"] == 0.5 and by_name["bag of words"]["full"]["accuracy"] == 1
         assert max(row["equal dimension"]["dimension"] for row in rows) == 24  # of the hidden states
         assert by_name["bag of words"]["full"]["control accuracy"] is not None
+        assert "4 targets" in errors and by_name["majority"]["full"]["test groups"] == 4
         # nothing is above what the words say
         assert {row["full"]["encoded"] for row in rows} == {False, None}
         assert all(name in out for name in expected)
@@ -409,7 +410,7 @@ class TestRefusals:
         monkeypatch.setattr(interpret_lambdas, "find_spec", lambda name: None if name in absent else plain(name))
         status, _, errors = interpret(*arguments)
         assert status == 1
-        assert errors == f'error: {package} is not installed: pip install "lambdabert[interpretation]"\n'
+        assert errors == f"error: {package} is not installed: pip install {package}\n"
 
 
 class TestDocuments:

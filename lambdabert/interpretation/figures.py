@@ -32,9 +32,7 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
-            'matplotlib is not installed, and figures need it: pip install "lambdabert[interpretation]"'
-        ) from error
+        raise ValueError("matplotlib is not installed, and figures need it: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -4,6 +4,7 @@ import torch
 
 SAMPLES = 1000
 LEVEL = 0.95
+FEWEST_GROUPS = 20  # with fewer, samples repeat a few means, and their percentiles are no interval at that level
 
 
 def bootstrap_interval(values: torch.Tensor, groups: torch.Tensor | None = None, seed: int = 0) -> tuple[float, float]:

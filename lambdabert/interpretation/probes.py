@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .intervals import bootstrap_interval
+from .intervals import FEWEST_GROUPS, bootstrap_interval
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse of the L2 penalty
 SPLITS = ("train", "dev", "test")
@@ -73,6 +73,11 @@ class ProbeResult:
     uniform_codelength: float
     correct: torch.Tensor
     clusters: torch.Tensor
+
+    @property
+    def test_groups(self) -> int:
+        """Groups that the test examples belong to; of fewer than `FEWEST_GROUPS` an interval says little."""
+        return len(self.clusters.unique())
 
 
 def probe(
@@ -169,8 +174,12 @@ def difference(first: ProbeResult, second: ProbeResult) -> tuple[float, tuple[fl
 
 
 def is_encoded(row: ProbeResult, bag_of_words: ProbeResult, random_models: Sequence[ProbeResult]) -> bool:
-    """Whether a row says more than the words do and than random weights do, each by more than the interval."""
-    return all(difference(row, other)[1][0] > 0 for other in (bag_of_words, *random_models))
+    """Whether a row says more than the words do and than random weights do, each by more than the interval.
+
+    False if the test examples are of fewer than `FEWEST_GROUPS` groups, whose interval shows nothing.
+    """
+    enough = row.test_groups >= FEWEST_GROUPS
+    return enough and all(difference(row, other)[1][0] > 0 for other in (bag_of_words, *random_models))
 
 
 def _require_scikit_learn() -> None:

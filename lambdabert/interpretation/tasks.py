@@ -143,15 +143,16 @@ def summary(name: str, found: Mapping[str, ProbeResult]) -> dict[str, Any]:
         found: of all rows, "bag of words" among them.
 
     Returns:
-        Accuracy, interval, control accuracy, selectivity, codelength and whether the row is "encoded": above bag of
-        words and above the same row of every model of random weights, by more than the interval. That is None for rows
-        that are themselves compared with.
+        Accuracy, interval, number of groups of test examples, control accuracy, selectivity, codelength and whether the
+        row is "encoded": above bag of words and above the same row of every model of random weights, by more than the
+        interval. That is None for rows that are themselves compared with.
     """
     result = found[name]
     of_random_models = [rows for other, rows in found.items() if other.endswith(f", {name}")]
     return {
         "accuracy": result.accuracy,
         "interval": result.interval,
+        "test groups": result.test_groups,
         "accuracies": result.accuracies,
         "dimension": result.dimension,
         "strength": result.strength,

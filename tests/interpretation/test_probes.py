@@ -139,6 +139,20 @@ class TestProbe:
         assert is_encoded(full, noise, [none, none]) and not is_encoded(full, full, [none])
         assert not is_encoded(noise, none, [full])
 
+    def test_intervals_of_a_few_groups_show_nothing(self, separable):
+        features, labels = separable
+        words = np.arange(200) % 25
+        splits = np.where(np.arange(200) < 100, "train", np.where(np.arange(200) < 120, "dev", "test"))
+
+        def encoded(groups):
+            full, noise, none = (
+                probe(f, labels, groups, splits) for f in (features, features[:, 1:], np.zeros((200, 1)))
+            )
+            assert difference(full, noise)[1][0] > 0
+            return full.test_groups, is_encoded(full, noise, [none])
+
+        assert encoded(words) == (25, True) and encoded(words % 3) == (3, False)
+
 
 def test_word_order_is_beyond_the_first_content_lambda(make_model):
     model = make_model(position_embedding_type="none", hidden_size=40, num_lambda_queries=2, lambda_norm="none")
