@@ -118,7 +118,7 @@ def load_bert(
 
 
 def converted_config(config: BertConfig, config_class: type[BertConfig], settings: dict) -> BertConfig:
-    """BERT's config as a `config_class` with `settings` in it; if these do not say, it has a query for each of BERT's heads.
+    """BERT's config as a `config_class` with `settings` in it; unless these set it, as many queries as BERT has heads.
 
     Raises:
         ValueError: a setting is no field, or contradicts the shape of the weights.
