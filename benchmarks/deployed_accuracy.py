@@ -16,7 +16,6 @@ Megabytes are of the weights as saved, or of the ONNX file.
 
 import argparse
 import copy
-import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -27,11 +26,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
-from torch import nn
 
 from benchmarks.conversion import read_pairs
 from benchmarks.environment import environment
-from benchmarks.precision import masked_batches
+from benchmarks.precision import masked_batches, megabytes
 from benchmarks.report import markdown_table, write_json
 from benchmarks.runs import one_line_errors
 from benchmarks.runtimes import inference, quantise_in_torch
@@ -50,19 +48,13 @@ def ways(loaded: LoadedProgram, folder: Path, work: Path) -> dict[str, tuple[Cal
     quantised = copy.deepcopy(loaded.program)
     quantise_in_torch(quantised)
     found = {
-        "PyTorch": (inference(loaded.program), saved_megabytes(loaded.program)),
-        "PyTorch int8": (inference(quantised), saved_megabytes(quantised)),
+        "PyTorch": (inference(loaded.program), megabytes(loaded.program)),
+        "PyTorch int8": (inference(quantised), megabytes(quantised)),
     }
     for name, quantize in (("onnxruntime", None), ("onnxruntime int8", "int8")):
         file = export_model(folder, work / name, quantize=quantize).file
         found[name] = (onnx_call(file), file.stat().st_size / 1e6)
     return found
-
-
-def saved_megabytes(model: nn.Module) -> float:
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.tell() / 1e6
 
 
 def mlm_scores(call: Call, batches: Iterable[Inputs]) -> dict[str, float]:
