@@ -121,16 +121,17 @@ def main(argv: list[str] | None = None) -> Metrics:
     )
 
     def encode(rows: dict) -> dict:
-        """Labels the first token of each word; the tokens after it have none."""
+        """Labels the first token of each word, and no other. `tagged` are the words that have tokens."""
         encoded = tokenizer(
             rows[options.words_column], is_split_into_words=True, truncation=True, max_length=options.max_seq_length
         )
-        labels = []
+        labels, tagged = [], []
         for i, tags in enumerate(rows[options.tags_column]):
             words = encoded.word_ids(i)
             first = [word is not None and word != before for word, before in zip(words, [None, *words])]
             labels.append([numbers[tags[word]] if new else IGNORED_LABEL for word, new in zip(words, first)])
-        return encoded | {"labels": labels}
+            tagged.append([word for word, new in zip(words, first) if new])
+        return encoded | {"labels": labels, "tagged": tagged}
 
     encoded = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
     trainer = Trainer(
@@ -143,13 +144,14 @@ def main(argv: list[str] | None = None) -> Metrics:
 
     def evaluate(split: str) -> Metrics:
         output = trainer.predict(encoded[split])
-        predicted = [
-            [names[number] for number, label in zip(row, labels) if label != IGNORED_LABEL]
-            for row, labels in zip(output.predictions.argmax(-1), output.label_ids)
-        ]
         correct = splits[split][options.tags_column]
-        # words that were cut off have no entity
-        return span_scores([tags + ["O"] * (len(all_) - len(tags)) for tags, all_ in zip(predicted, correct)], correct)
+        predicted = [["O"] * len(tags) for tags in correct]  # of words without tokens, as when cut off, too
+        for tags, words, row, labels in zip(
+            predicted, encoded[split]["tagged"], output.predictions.argmax(-1), output.label_ids
+        ):
+            for word, number in zip(words, row[labels != IGNORED_LABEL], strict=True):
+                tags[word] = names[number]
+        return span_scores(predicted, correct)
 
     return train_and_evaluate(trainer, splits, evaluate)
 
