@@ -411,7 +411,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 other than 0 and 1; no token, or more than the config's `longest_sequence`; attention weights asked for;
                 a keyword argument that the model cannot use; `inputs_embeds` where `repetition_context_size` is set.
         """
-        tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, **kwargs)
+        tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, **kwargs)
         token_mask = as_token_mask(attention_mask, tokens)
         layout = lay_out(token_mask, self._may_pack(tokens, **kwargs), self._token_ids(input_ids))
         hidden_states = self.embeddings(
@@ -433,6 +433,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
         output_attentions: bool | None = None,
         **kwargs,
     ) -> torch.Tensor:
@@ -452,6 +453,12 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 "what they become.)"
             )
         self.embeddings.check_positions(tokens.shape[1], position_ids)
+        is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"token_type_ids is {list(token_type_ids.shape)}, but there are {list(tokens.shape[:2])} tokens: give "
+                "one for each."
+            )
         return tokens
 
     def _token_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -786,6 +793,7 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
                 self.config.problem_type = "multi_label_classification"
         if self.config.problem_type == "single_label_classification":
             return _label_loss(logits, labels, num_items_in_batch)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision would round the targets
         labels = labels.to(logits).view_as(logits)
         loss = F.mse_loss if self.config.problem_type == "regression" else F.binary_cross_entropy_with_logits
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
@@ -255,6 +256,18 @@ class Pretraining(TrainingRun):
         )
 
     def start_from_text(self) -> None:
+        """Starts a new model at the text's token frequencies.
+
+        Raises:
+            ValueError: every batch would be dropped as incomplete.
+        """
+        args, examples = self.training_args, self.examples.get("train")
+        batch = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and isinstance(examples, Dataset) and len(examples) < batch:
+            raise ValueError(
+                f"dataloader_drop_last drops the only batch: the text makes {len(examples)} examples, fewer than "
+                f"{batch}. Leave it out, give more text, or lower per_device_train_batch_size."
+            )
         if "train" in self.examples and self.model_args.model_name_or_path is None:
             start_at_frequencies(self.model, count_tokens(self.examples["train"], self.tokenizer, COUNTED_EXAMPLES))
 

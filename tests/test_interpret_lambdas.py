@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -390,6 +391,35 @@ class TestRefusals:
     def texts(folder):
         (folder / "texts.txt").write_text("\n".join(SENTENCES))
         return "texts.txt"
+
+    @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+    def test_labels_and_values_are_no_classes(self, interpret, folders, tmp_path, problem):
+        shutil.copytree(folders / "ForSequenceClassification", tmp_path / "labels")
+        config = json.loads((tmp_path / "labels/config.json").read_text())
+        (tmp_path / "labels/config.json").write_text(json.dumps({**config, "problem_type": problem}))
+        status, _, errors = interpret("explain", "the fox", "--output", "a.json", kind=tmp_path / "labels")
+        if problem == "regression":
+            assert status == 1 and "explained are" in errors
+        else:
+            assert status == 0, errors
+            model, tokenizer = load(folders, "ForSequenceClassification")
+            with torch.inference_mode():
+                chances = model(**tokenizer("the fox", return_tensors="pt")).logits[0].sigmoid()
+            told = json.loads((tmp_path / "a.json").read_text())
+            found = {entry["name"]: entry["probability"] for entry in told["likeliest"]}
+            names = [model.config.id2label[i] for i in range(3)]
+            assert found == pytest.approx(dict(zip(names, chances.tolist())), rel=1e-4)
+        status, _, errors = interpret("swap", "the fox", "a dog", "--output", "b.json", kind=tmp_path / "labels")
+        assert status == 0, errors
+        effects = json.loads((tmp_path / "b.json").read_text())["texts"][0]["effects"]
+        assert all((effect["divergence"] is None) == (problem == "regression") for effect in effects)
+
+    def test_weights_that_are_missing(self, interpret, folders, tmp_path):
+        shutil.copytree(folders / "ForMaskedLM", tmp_path / "deeper")
+        config = json.loads((tmp_path / "deeper/config.json").read_text())
+        (tmp_path / "deeper/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+        status, _, errors = interpret("explain", "the [MASK]", kind=tmp_path / "deeper")
+        assert status == 1 and re.match("error: .*no weights for bert.encoder.layer.2.*random", errors), errors
 
     def test_a_models_own_code_is_not_run(self, interpret, folders, tmp_path, monkeypatch):
         def refuse(*_, **__):

@@ -195,6 +195,15 @@ class TestLosses:
         output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
         torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels))
 
+    def test_regression_in_half_precision_keeps_its_targets(self, make_config, make_inputs):
+        """1985 and 1989 are 1984 and 1992 in bfloat16."""
+        config = make_config(num_labels=1)
+        model = build(LambdaBertForSequenceClassification, config).eval()
+        labels = torch.tensor([1985.0, 1986.0, 1989.0])
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
+        torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0].float(), labels))
+
     def test_multi_label(self, make_config, make_inputs):
         config = make_config(num_labels=4)
         model = build(LambdaBertForSequenceClassification, config).eval()
@@ -874,6 +883,17 @@ class TestRefusals:
         config = make_config()
         inputs = make_inputs(LambdaBertModel, config) | {"attention_mask": torch.ones(shape)}
         with pytest.raises(ValueError, match="attention_mask") as error:
+            build(LambdaBertModel, config)(**inputs)
+        assert all(str(size) in str(error.value) for size in shape)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("shape", [(3, 8), (3, 10), (1, 9)], ids=str)
+    def test_segments_of_another_shape(self, make_config, make_inputs, shape, padded):
+        config = make_config()
+        inputs = make_inputs(LambdaBertModel, config) | {"token_type_ids": torch.zeros(shape, dtype=torch.long)}
+        inputs["attention_mask"] = torch.ones(3, 9, dtype=torch.long)
+        inputs["attention_mask"][1, 5:] = 0 if padded else 1
+        with pytest.raises(ValueError, match="token_type_ids") as error:
             build(LambdaBertModel, config)(**inputs)
         assert all(str(size) in str(error.value) for size in shape)
 

@@ -48,7 +48,7 @@ class LoadedModel:
         name: a folder or a hub name. No code of it is run: the classes are those of this installation.
 
     Raises:
-        ValueError: no LambdaBERT, or no tokenizer of its own.
+        ValueError: no LambdaBERT, weights that are missing, or no tokenizer of its own.
         OSError: nothing is there.
     """
 
@@ -62,8 +62,14 @@ class LoadedModel:
             )
         architecture = next(iter(fields.get("architectures") or ()), None)
         known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
-        self.model: Any = getattr(modeling_lambdabert, known).from_pretrained(name, dtype=torch.float32)
+        model_class: Any = getattr(modeling_lambdabert, known)
+        self.model, found = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         self.model.eval()
+        if missing := sorted(key for key in found["missing_keys"] if "pooler." not in key):
+            raise ValueError(
+                f"model={name} has no weights for {', '.join(missing[:3])}, which would be random; train or save "
+                f"it as a {known}."
+            )
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
@@ -148,7 +154,8 @@ class LoadedModel:
 
     @property
     def predicts_classes(self) -> bool:
-        return isinstance(self.model, CLASSIFIERS) and len(self._classes()) > 1
+        is_regression = self.model.config.problem_type == "regression"
+        return isinstance(self.model, CLASSIFIERS) and len(self._classes()) > 1 and not is_regression
 
     def can_explain(self, inputs: Any) -> bool:
         """Whether a text asks for one prediction."""
@@ -226,7 +233,8 @@ class LoadedModel:
 
     def _likeliest(self, logits: torch.Tensor, target: str | None, place: int | None, where: str) -> "_Question":
         """The target, or the likeliest, of tokens or classes [C]."""
-        probabilities = logits.softmax(-1)
+        of_each = place is None and self.model.config.problem_type == "multi_label_classification"
+        probabilities = logits.sigmoid() if of_each else logits.softmax(-1)
         best = probabilities.topk(min(LIKELIEST, len(probabilities)))
         token = int(best.indices[0]) if target is None else self._index(target)
         return _Question(
@@ -281,7 +289,7 @@ def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
     """
     file = Path(file)
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"file={file} cannot be read as text ({error}); name a file with one text a line.") from None
     if file.suffix != ".tsv":

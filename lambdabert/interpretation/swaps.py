@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from .interventions import replace_lambdas
@@ -54,14 +55,14 @@ def swap_effects(
             raise ValueError(f"{name} has {len(some['input_ids'])} rows; give one text.")
     count = len(lambda_layers(model))
     own, others = trace_lambdas(model, inputs), trace_lambdas(model, other)
-    before, states = _log_probabilities(own.outputs), own.outputs.hidden_states[-1]
+    before, states = _log_probabilities(model, own.outputs), own.outputs.hidden_states[-1]
     effects = []
     for layer in (*range(count), None):
         replaced = range(count) if layer is None else (layer,)
         with replace_lambdas(model, {index: others.layers[index].content for index in replaced}):
             swapped = trace_lambdas(model, inputs).outputs
         change = (swapped.hidden_states[-1] - states).norm(dim=-1) / states.norm(dim=-1)
-        after = _log_probabilities(swapped)
+        after = _log_probabilities(model, swapped)
         divergence = changed = None
         if before is not None and after is not None:
             divergence = (before.exp() * (before - after)).sum(-1).mean().item()
@@ -75,7 +76,11 @@ def swap_effects(
     return effects
 
 
-def _log_probabilities(outputs: Any) -> torch.Tensor | None:
-    """Of each token's or each sequence's classes, [B, ..., C]."""
+def _log_probabilities(model: Any, outputs: Any) -> torch.Tensor | None:
+    """Of each token's or each sequence's classes, [B, ..., C], or of each label and its absence, [B, C, 2]."""
     logits = outputs.get("prediction_logits", outputs.get("logits"))
-    return None if logits is None or logits.shape[-1] < 2 else logits.log_softmax(-1)
+    if logits is None or model.config.problem_type == "regression":
+        return None
+    if model.config.problem_type == "multi_label_classification":
+        return F.logsigmoid(torch.stack((logits, -logits), dim=-1))
+    return None if logits.shape[-1] < 2 else logits.log_softmax(-1)

@@ -44,7 +44,7 @@ def read_task(file: str | Path) -> Task:
     """
     file = Path(file)
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"task={file} cannot be read as text ({error}); name a tab-separated file.") from None

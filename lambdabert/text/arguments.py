@@ -33,7 +33,7 @@ class CorpusArguments:
         default=None,
         metadata={
             "help": "Training files, folders or glob patterns: text, CSV (.csv, .tsv), JSON (.json, .jsonl, .ndjson) "
-            "or Parquet (.parquet); all but Parquet may be compressed (.gz, .xz, .zst)."
+            "or Parquet (.parquet); all but Parquet may be compressed (.bz2, .gz, .xz, .zst)."
         },
     )
     validation_file: list[str] | None = field(

@@ -1,5 +1,6 @@
 """Files of text: their kinds, compression and encoding, and their rows."""
 
+import bz2
 import codecs
 import csv
 import glob
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COMPRESSION_SUFFIXES = (".gz", ".xz", ".zst")
+COMPRESSION_SUFFIXES = (".bz2", ".gz", ".xz", ".zst")
 FILE_KINDS = {
     ".parquet": "parquet",
     ".json": "json",
@@ -153,7 +154,10 @@ def column_value(row: dict, column: str) -> object:
 
 def _open(path: str) -> BinaryIO:
     """Opens for reading bytes, decompressed as the suffix says; a truncated archive raises, whatever its kind."""
-    return cast(BinaryIO, lzma.open(path) if path.lower().endswith(".xz") else pa.input_stream(path))
+    suffix = Path(path).suffix.lower()
+    if suffix in (".bz2", ".xz"):
+        return cast(BinaryIO, bz2.open(path) if suffix == ".bz2" else lzma.open(path))
+    return cast(BinaryIO, pa.input_stream(path, compression="detect" if suffix in COMPRESSION_SUFFIXES else None))
 
 
 @contextmanager

@@ -59,6 +59,9 @@ class RunArguments(TrainingArguments):
             self.eval_strategy = "steps"
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            # of the metrics here only accuracies are better high; the Trainer would take perplexity for one
+            self.greater_is_better = self.metric_for_best_model.endswith("accuracy")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
 

@@ -1,5 +1,6 @@
 """Files: each kind gives the same documents, and each broken one a message with file, problem and fix."""
 
+import bz2
 import csv
 import gzip
 import io
@@ -18,10 +19,10 @@ def zstd(content: bytes) -> bytes:
     return pa.compress(content, codec="zstd", asbytes=True)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".bz2", ".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_text_and_json_lines_read_the_same_in_every_compression(tmp_path, suffix, streaming):
-    compress = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
+    compress = {"": bytes, ".bz2": bz2.compress, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
     text_file = write(tmp_path / f"corpus.v1.txt{suffix}", compress(BLANK_LINE_TEXT.encode()))
     json_file = write(
         tmp_path / f"corpus.jsonl{suffix}", compress(json_lines({"text": text} for text in DOCUMENTS).encode())
@@ -40,13 +41,13 @@ def test_parquet_rows_are_documents(tmp_path, column, streaming):
 QUOTED = ['A "quoted", listed text.\nIts second line.', "Plain text.", "", "Caf\u00e9."]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".CSV.gz", ".tsv.xz"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".CSV.gz", ".tsv.xz", ".csv.bz2"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_are_read_by_column(tmp_path, suffix, streaming):
     content = io.StringIO(newline="")
     table = csv.writer(content, delimiter="," if "csv" in suffix.lower() else "\t")
     table.writerows([["id", "review", "label"], *([f"user{i}", text, i] for i, text in enumerate(QUOTED))])
-    compress = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix.rpartition(".")[2], bytes)
+    compress = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}.get(suffix.rpartition(".")[2], bytes)
     path = write(tmp_path / f"reviews{suffix}", compress(content.getvalue().encode()))
     texts = training_texts(tmp_path, train_file=path, text_column="review", streaming=streaming)
     assert texts == [text for text in QUOTED if text]
@@ -105,6 +106,7 @@ BROKEN_FILES = {
     "latin.txt": ("caf\u00e9 au lait\n".encode("latin-1"), "not UTF-8.*0xe9.*--encoding latin-1"),
     "late.txt": (b"one long line of text " * 100_000 + b"\n\xff", "not UTF-8.*0xff"),
     "cut.txt.gz": (gzip.compress(COMPRESSIBLE)[:-900], "cannot be read to its end"),
+    "cut.txt.bz2": (bz2.compress(COMPRESSIBLE)[:-30], "cannot be read to its end"),
     "cut.txt.xz": (lzma.compress(COMPRESSIBLE)[:-900], "cannot be read to its end"),
     "cut.txt.zst": (zstd(COMPRESSIBLE)[:-900], "cannot be read to its end"),
     "plain.txt.gz": (b"not compressed", "cannot be read to its end"),

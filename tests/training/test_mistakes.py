@@ -311,6 +311,11 @@ class TestMistakes:
         recipe = write_recipe(tmp_path / "r.json", **sources(text, train_file=[str(file)], objective="nsp"))
         assert named in self.complaint(capfd, tmp_path, [recipe])
 
+    def test_a_batch_that_is_never_full(self, capfd, tmp_path, text):
+        recipe = write_recipe(tmp_path / "r.json", **sources(text, max_train_samples=5, dataloader_drop_last=True))
+        complaint = self.complaint(capfd, tmp_path, [recipe, "--per_device_train_batch_size", "8"])
+        assert "dataloader_drop_last" in complaint and "5 examples, fewer than 8" in complaint
+
     def test_tokenizer_without_mask(self, capfd, tmp_path, text):
         tokenizer = run_language_modeling.load_tokenizer(text / "tokenizer")
         tokenizer.mask_token = None

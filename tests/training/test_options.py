@@ -33,6 +33,15 @@ def test_command_that_is_not_told_what_to_do_trains_and_evaluates(command):
         assert taken in said
 
 
+@pytest.mark.parametrize("name, rises", [("perplexity", False), ("mlm_loss", False), ("mlm_accuracy", True)])
+def test_the_best_model_is_the_one_that_is_better(name, rises):
+    best = f"--do_train --do_eval --save_steps 2 --eval_steps 2 --load_best_model_at_end --metric_for_best_model {name}"
+    *_, training_args = parse_arguments(best.split())
+    assert training_args.greater_is_better is rises
+    *_, training_args = parse_arguments([*best.split(), "--greater_is_better", str(not rises)])
+    assert training_args.greater_is_better is not rises
+
+
 def test_what_is_given_is_not_taken_as_given(tmp_path):
     recipe = tmp_path / "r.json"
     recipe.write_text('{"eval_strategy": "epoch"}')
