@@ -270,6 +270,12 @@ class TestProbe:
 
 
 class TestTasks:
+    def test_a_byte_order_mark_is_no_part_of_a_column(self, tmp_path):
+        write_task(tmp_path / "a.tsv", [("train", label, "the fox", "fox") for label in "01"])
+        plain = read_task(tmp_path / "a.tsv")
+        (tmp_path / "a.tsv").write_text("\ufeff" + (tmp_path / "a.tsv").read_text(encoding="utf-8"), encoding="utf-8")
+        assert read_task(tmp_path / "a.tsv") == plain
+
     def test_rare_targets_share_names_by_twos(self, tmp_path):
         targets = ["fox", "dog", "fox", "bird", "tree", "day", "night"]
         write_task(tmp_path / "a.tsv", [("train", str(i % 2), "the fox", name) for i, name in enumerate(targets)])
