@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import interpret_lambdas
@@ -426,6 +427,18 @@ class TestRefusals:
         (tmp_path / "deeper/config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
         status, _, errors = interpret("explain", "the [MASK]", kind=tmp_path / "deeper")
         assert status == 1 and re.match("error: .*no weights for bert.encoder.layer.2.*random", errors), errors
+
+    def test_a_pooler_may_be_missing_where_nothing_is_read_from_it(self, interpret, folders, tmp_path):
+        for kind, prefix in (("ForSequenceClassification", "bert.pooler."), ("Model", "pooler.")):
+            shutil.copytree(folders / kind, tmp_path / kind)
+            weights = load_file(tmp_path / kind / "model.safetensors")
+            kept = {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
+            assert len(kept) < len(weights)
+            save_file(kept, tmp_path / kind / "model.safetensors", {"format": "pt"})
+        status, _, errors = interpret("explain", "the fox", kind=tmp_path / "ForSequenceClassification")
+        assert status == 1 and "no weights for bert.pooler." in errors
+        status, _, errors = interpret("map", "the fox", "--output", "a.svg", kind=tmp_path / "Model")
+        assert status == 0, errors
 
     def test_a_models_own_code_is_not_run(self, interpret, folders, tmp_path, monkeypatch):
         def refuse(*_, **__):

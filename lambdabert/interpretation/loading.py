@@ -65,7 +65,7 @@ class LoadedModel:
         model_class: Any = getattr(modeling_lambdabert, known)
         self.model, found = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         self.model.eval()
-        if missing := sorted(key for key in found["missing_keys"] if "pooler." not in key):
+        if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
             raise ValueError(
                 f"model={name} has no weights for {', '.join(missing[:3])}, which would be random; train or save "
                 f"it as a {known}."
