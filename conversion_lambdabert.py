@@ -27,6 +27,7 @@ FIXED_BY_WEIGHTS = ("vocab_size", "hidden_size", "num_hidden_layers", "intermedi
 OUTPUT = (".attention.output.dense.weight", ".attention.output.dense.bias")
 COMPUTED = (".attention.self.to_values.weight", *OUTPUT)
 COMPUTED_FROM = (".attention.self.value.weight", ".attention.self.value.bias", *OUTPUT)
+ENCODER = ("embeddings.", "encoder.")  # prefixes of its weights, by their bare names
 POSITION_TABLE = "embeddings.position_embeddings.weight"
 
 
@@ -103,7 +104,7 @@ def load_bert(
         bert_class: the class that a folder is loaded as.
 
     Raises:
-        ValueError: as `check_bert`; or `bert` is none of the three.
+        ValueError: as `check_bert`; `bert` is none of the three; or weights of its encoder are missing.
         OSError: no such folder or hub name.
     """
     if isinstance(bert, PreTrainedModel):
@@ -114,7 +115,10 @@ def load_bert(
     check_bert(BertConfig.get_config_dict(bert)[0], str(bert))
     loaded: Any = bert_class.from_pretrained(bert, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
-    return model, set(report["missing_keys"])
+    missing = set(report["missing_keys"])
+    if lacks := sorted(name for name in missing if bare(name).startswith(ENCODER)):
+        raise ValueError(f"{bert} has no weights for {', '.join(lacks[:3])}: its folder is damaged; give another.")
+    return model, missing
 
 
 def converted_config(config: BertConfig, config_class: type[BertConfig], settings: dict) -> BertConfig:

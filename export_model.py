@@ -11,19 +11,9 @@ int8. docs/deploying.md shows how it is used.
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers.utils import logging
-
+from lambdabert.command_line import Parser, run_command
 from lambdabert.deployment import FORMATS, export_model
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
 
 
 def build_parser() -> Parser:
@@ -42,22 +32,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading
-    try:
-        options = build_parser().parse_args(argv)
-        export = export_model(options.model, options.output, options.format, options.quantize)
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 1
+def run(options: argparse.Namespace) -> None:
+    export = export_model(options.model, options.output, options.format, options.quantize)
     length = "any length" if export.limit is None else f"up to {export.limit} tokens"
     print(f"{export.file}: {export.file.stat().st_size / 1e6:.1f} MB, {length}; outputs {', '.join(export.outputs)}")
     print(
         f"largest deviation from PyTorch: {export.deviation:.1e} of an output's norm (tolerance {export.tolerance:g})"
     )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    return run_command(build_parser(), argv, run)
 
 
 if __name__ == "__main__":

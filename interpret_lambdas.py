@@ -17,12 +17,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers.utils import logging
 
+from lambdabert.command_line import Parser, run_command
 from lambdabert.interpretation import (
     Explanation,
     chance,
@@ -47,13 +46,6 @@ PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # by module
 SHAPE = ("num_hidden_layers", "hidden_size", "num_lambda_queries", "key_depth", "intra_depth", "local_context_size")
 FAITHFULNESS_TOKENS = 128  # of a text; longer ones are cut
 DRAWN_CELLS = 600_000  # of all maps in a figure: half a minute
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
 
 
 def build_parser() -> Parser:
@@ -277,7 +269,7 @@ def run_topics(args: argparse.Namespace) -> None:
     features = topic_features(loaded.model, tqdm(batches, unit="batch"))
     found = neighbours(features, topics, args.neighbours)
     if topics is None:
-        print("the nearest text, by line, for each")
+        print("the nearest text for each, by their numbers; blank lines do not count")
         print_table(
             ("text", *(row.row for row in found)),
             [(str(i + 1), *(int(row.nearest[i, 0]) + 1 for row in found)) for i in range(len(texts))],
@@ -346,18 +338,14 @@ def run_faithfulness(args: argparse.Namespace) -> None:
     write_json(args, loaded, {"examples": len(examples), "methods": found})
 
 
+def run(args: argparse.Namespace) -> None:
+    check_outputs(args)
+    args.run(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading
-    try:
-        args = build_parser().parse_args(argv)
-        check_outputs(args)
-        args.run(args)
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 1
-    return 0
+    return run_command(build_parser(), argv, run)
 
 
 if __name__ == "__main__":

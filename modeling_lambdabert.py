@@ -472,7 +472,9 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         """Whether padding may be left out: not from hidden states, nor in a graph that serves other masks as well."""
         of_one_mask = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not tokens.is_meta
         keeps_layout = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward
+        # NEFTune scales its noise, a hook of the word embeddings, by the length that these see
+        is_noisy = self.training and hasattr(self.get_input_embeddings(), "neftune_noise_alpha")
+        return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward and not is_noisy
 
 
 def _pooled_token(
@@ -518,6 +520,15 @@ def _label_loss(
     """
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
     return _mean(_cross_entropies(logits, labels), count)
+
+
+def _check_mask_token(config: LambdaBertConfig) -> None:
+    """Refuses an MLM head above repetition lambdas that would take all [MASK] for repetitions of one word."""
+    if config.repetition_context_size is not None and config.mask_token_id is None:
+        raise ValueError(
+            f"repetition_context_size={config.repetition_context_size} with mask_token_id=None takes every [MASK] for "
+            "the same word, which a masked language model is to predict: set mask_token_id to the tokenizer's."
+        )
 
 
 def _masked_lm(
@@ -575,6 +586,7 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
 
     def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
+        _check_mask_token(config)
         self.bert = LambdaBertModel(config)
         self.cls = BertPreTrainingHeads(config)
         self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -728,6 +740,7 @@ class LambdaBertForMaskedLM(LambdaBertHeadModel, BertForMaskedLM):
 
     def __init__(self, config: LambdaBertConfig):
         super().__init__(config)
+        _check_mask_token(config)
         self.bert = LambdaBertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
         self.cls.predictions.transform.LayerNorm = FullPrecisionLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -819,12 +832,12 @@ class LambdaBertForTokenClassification(LambdaBertHeadModel, BertForTokenClassifi
 
 
 def _within_tokens(positions: torch.Tensor, logits: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """The labels `positions` [B] of logits [B, N], with -100 for those at which no token stands.
+    """The labels `positions` [B] or [B, 1] of logits [B, N], with -100 for those at which no token stands.
 
     Args:
         padding: bool [B, N], True = padding; None = all are tokens.
     """
-    positions = positions.to(logits.device)
+    positions = positions.to(logits.device).flatten()  # also [B, 1], as BertForQuestionAnswering
     places = torch.arange(logits.shape[1], device=logits.device)
     is_label = positions[:, None] == places
     if padding is not None:

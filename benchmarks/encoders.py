@@ -29,6 +29,7 @@ from modeling_lambdabert import LambdaBertForPreTrainingNSP, LambdaBertModel
 PARTS = ("forward", "train", "mixed")
 VARIATIONS = ("compiled", "int8", "full")
 VOCABULARY = 30522
+MASK = 103
 LOCAL_SCOPE = 25
 AROUND = 5  # of a repetition lambda
 
@@ -52,7 +53,8 @@ def base_shape(layers: int, length: int, **fields: Any) -> dict[str, Any]:
 
 
 def lambda_config(layers: int, length: int, scope: int | None, around: int | None = None) -> LambdaBertConfig:
-    return LambdaBertConfig(**base_shape(layers, length, local_context_size=scope, repetition_context_size=around))
+    fields = dict(local_context_size=scope, repetition_context_size=around, mask_token_id=MASK)
+    return LambdaBertConfig(**base_shape(layers, length, **fields))
 
 
 def lambda_model(

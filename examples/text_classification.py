@@ -36,10 +36,16 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
     """Labels as numbers with names: those that they have, or the sorted values of the training data.
 
     Raises:
-        ValueError: another split has a class that the training data lacks.
+        ValueError: a row has no label, or another split has a class that the training data lacks.
     """
     if isinstance(splits["train"].features[column], ClassLabel):
         return labelled(splits, column)
+    for split, rows in splits.items():
+        if missing := [i for i, label in enumerate(rows[column]) if label is None or not str(label).strip()]:
+            raise ValueError(
+                f"label_column={column}: {len(missing)} rows of the {split} data have no label, row {missing[0] + 1} "
+                "the first of them; give them labels or leave them out."
+            )
     names = sorted(set(map(str, splits["train"][column])))
     for split, rows in splits.items():
         if unknown := sorted(set(map(str, rows[column])) - set(names)):
@@ -54,9 +60,13 @@ def labelled(splits: DatasetDict, column: str) -> DatasetDict:
     """The splits whose labels are given: data sets of the hub often keep those of their test data secret, as -1.
 
     Raises:
-        ValueError: nothing is left to train and to evaluate on.
+        ValueError: some rows of a split have none, or nothing is left to train and to evaluate on.
     """
-    kept = DatasetDict({split: rows for split, rows in splits.items() if min(rows[column]) >= 0})
+    without = {split: sum(label is None or label < 0 for label in rows[column]) for split, rows in splits.items()}
+    for split, count in without.items():
+        if 0 < count < len(splits[split]):
+            raise ValueError(f"label_column={column}: {count} rows of the {split} data have no label; leave them out.")
+    kept = DatasetDict({split: rows for split, rows in splits.items() if not without[split]})
     if left_out := ", ".join(splits.keys() - kept.keys()):
         print(f"Left out, for it has no labels: {left_out}.")
     if "train" not in kept or len(kept) < 2:

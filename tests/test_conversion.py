@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from conversion_lambdabert import POSITION_TABLE, bare, extend_positions
@@ -334,3 +335,12 @@ def test_saved_folder_serves_a_new_process_and_converts_there(tmp_path):
     done = run_elsewhere(LOADED_ELSEWHERE, *arguments, folder=tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr[-3000:]
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(torch.arange(5, 15)[None]).logits)
+
+
+def test_a_folder_that_lacks_weights_of_the_encoder_is_refused(tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("encoder.layer.0.output.dense.bias")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="has no weights for encoder.layer.0.output.dense.bias.*give another"):
+        LambdaBertModel.from_bert(tmp_path, **SETTINGS)

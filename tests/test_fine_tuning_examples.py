@@ -87,6 +87,22 @@ def test_splits_without_labels_are_left_out():
         text_classification.labelled(splits, "label")
 
 
+@pytest.mark.parametrize("without", [None, "", " "])
+def test_a_missing_label_is_no_class(without):
+    known, some = (Dataset.from_dict({"label": labels}) for labels in (["a", "b"], ["a", without, "b"]))
+    for split in ("train", "test"):
+        splits = DatasetDict({"train": known, "test": known} | {split: some})
+        with pytest.raises(ValueError, match=f"1 rows of the {split} data have no label, row 2 the first"):
+            text_classification.with_class_labels(splits, "label")
+
+
+def test_some_missing_labels_are_no_secret_test_data():
+    features = Features({"label": ClassLabel(names=["person", "animal"])})
+    known, some = (Dataset.from_dict({"label": labels}, features=features) for labels in ([0, 1], [0, 1, -1]))
+    with pytest.raises(ValueError, match="label_column=label: 1 rows of the test data have no label"):
+        text_classification.labelled(DatasetDict({"train": known, "test": some}), "label")
+
+
 def test_lora_trains_and_saves_what_is_beside_the_encoder(model, texts, tmp_path):
     from peft import PeftModel
     from safetensors.torch import load_file

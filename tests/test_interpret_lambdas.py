@@ -428,6 +428,14 @@ class TestRefusals:
         status, _, errors = interpret("explain", "the [MASK]", kind=tmp_path / "deeper")
         assert status == 1 and re.match("error: .*no weights for bert.encoder.layer.2.*random", errors), errors
 
+    @pytest.mark.parametrize("command", [("map", "the fox", "--output", "a.svg"), ("swap", "the fox", "a dog")])
+    def test_a_model_of_choices_is_refused(self, interpret, folders, tmp_path, command):
+        encoder, tokenizer = load(folders, "Model")
+        modeling_lambdabert.LambdaBertForMultipleChoice(encoder.config).save_pretrained(tmp_path / "choices")
+        tokenizer.save_pretrained(tmp_path / "choices")
+        status, _, errors = interpret(*command, kind=tmp_path / "choices")
+        assert status == 1 and re.match("error: .*chooses among texts", errors.splitlines()[-1]), errors
+
     def test_a_pooler_may_be_missing_where_nothing_is_read_from_it(self, interpret, folders, tmp_path):
         for kind, prefix in (("ForSequenceClassification", "bert.pooler."), ("Model", "pooler.")):
             shutil.copytree(folders / kind, tmp_path / kind)

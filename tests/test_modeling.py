@@ -188,6 +188,17 @@ class TestLosses:
             == 0
         )
 
+    def test_places_of_answers_may_be_columns(self, make_config, make_inputs):
+        config = make_config()
+        model = build(LambdaBertForQuestionAnswering, config).eval()
+        inputs = make_inputs(LambdaBertForQuestionAnswering, config)
+        starts, ends = torch.tensor([1, 2, 3]), torch.tensor([4, 4, 5])
+        row, column = (
+            model(**inputs, start_positions=starts.view(shape), end_positions=ends.view(shape)).loss
+            for shape in ((3,), (3, 1))
+        )
+        assert torch.equal(row, column)
+
     def test_regression(self, make_config, make_inputs):
         config = make_config(num_labels=1)
         model = build(LambdaBertForSequenceClassification, config).eval()
@@ -640,6 +651,18 @@ class TestPadding:
 
 class TestPacking:
     """A batch whose padding is left out gives what it gives with it."""
+
+    def test_noise_on_embeddings_is_scaled_by_the_length_of_rows(self, make_config):
+        """By that of the whole batch it would shrink by the root of its size (NEFTune of the Trainer)."""
+        model = build(LambdaBertModel, make_config()).train()
+        embeddings, lengths = model.get_input_embeddings(), []
+        embeddings.neftune_noise_alpha = 5.0
+        embeddings.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+        ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
+        mask = torch.arange(9) < torch.tensor([[9], [3], [5], [7]])
+        model(ids, mask)
+        model.eval()(ids, mask)
+        assert lengths == [9, mask.sum()]
 
     MASKS = {
         "tails": lambda mask: mask[1:].copy_(torch.arange(23) < torch.tensor([[4], [22], [16], [11]])),

@@ -20,6 +20,7 @@ def exportable(request, model_class, make_config, make_inputs):
     config = make_config(
         local_context_size=scope,
         repetition_context_size=around,
+        mask_token_id=4,
         max_position_embeddings=LONGEST,
         num_hidden_layers=1,
         return_dict=False,

@@ -201,3 +201,11 @@ def test_embeddings_do_not_tell_which_tokens_are_the_same(make_model):
         ValueError, match="repetition_context_size=3 needs .* inputs_embeds do not tell: give input_ids"
     ):
         model(inputs_embeds=torch.zeros(1, 4, model.config.hidden_size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "name", ["LambdaBertForMaskedLM", "LambdaBertForPreTrainingNSP", "LambdaBertForPreTrainingSOP"]
+)
+def test_models_of_masked_words_must_know_the_mask(make_config, name):
+    with pytest.raises(ValueError, match="repetition_context_size=3 with mask_token_id=None"):
+        getattr(modeling_lambdabert, name)(make_config(repetition_context_size=3))

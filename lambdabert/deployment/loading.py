@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-import modeling_lambdabert
+from lambdabert.saved_models import load_as_saved
+from modeling_lambdabert import LambdaBertForMultipleChoice
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 SENTENCE_MODULES = "modules.json"  # what makes a folder one of sentence-transformers
@@ -128,27 +129,9 @@ def check_kind(folder: Path) -> None:
 
 
 def load_model(folder: Path) -> LoadedProgram:
-    """Loads a model as the class that it was saved as.
-
-    Raises:
-        ValueError: weights are missing; a pooling layer may be, and then is left out.
-    """
-    fields, _ = PreTrainedConfig.get_config_dict(folder)
-    architecture = next(iter(fields.get("architectures") or ()), None)
-    known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
-    model_class: Any = getattr(modeling_lambdabert, known)
-    model, found = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    missing = set(found["missing_keys"])
-    if isinstance(model, modeling_lambdabert.LambdaBertModel):
-        pooler = {name for name in missing if name.startswith("pooler.")}
-        model.pooler = None if pooler else model.pooler
-        missing -= pooler
-    if missing:
-        raise ValueError(
-            f"model={folder} has no weights for {', '.join(sorted(missing)[:3])}, which would be random; train or save "
-            f"it as a {known}, or name in `architectures` of its {CONFIG_NAME} the class that it is."
-        )
-    takes_choices = isinstance(model, modeling_lambdabert.LambdaBertForMultipleChoice)
+    """Loads a model as the class that it was saved as. Raises ValueError if weights are missing."""
+    model = load_as_saved(folder)
+    takes_choices = isinstance(model, LambdaBertForMultipleChoice)
     return LoadedProgram(ModelProgram(model), model.config, load_tokenizer(folder), takes_choices)
 
 

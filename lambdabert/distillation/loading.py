@@ -1,6 +1,8 @@
 """Loading a teacher and its tokenizer, and refusing what is not a BERT."""
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from lambdabert.text.tokenizers import check_tokenizer
 from lambdabert.training.models import non_finite_weights, note_precision
 from lambdabert.training.tokenizers import load_tokenizer
 
+SENTENCE_MODULES = "modules.json"  # what makes a folder one of sentence-transformers
 STUDENTS = {
     "BertModel": "LambdaBertModel",
     "BertForPreTraining": "LambdaBertForPreTrainingNSP",
@@ -36,7 +39,8 @@ def load_teacher(name: str) -> tuple[Teacher, PreTrainedTokenizerBase, Any]:
         The teacher; its tokenizer; and the sentence-transformers model, or None.
 
     Raises:
-        ValueError: it cannot be read, is not a BERT, holds weights that are not finite, or has another's tokenizer.
+        ValueError: it cannot be read, is not a BERT, lacks weights, holds some that are not finite, or has another's
+            tokenizer.
     """
     sentence_transformer = None
     try:
@@ -61,7 +65,7 @@ def load_teacher(name: str) -> tuple[Teacher, PreTrainedTokenizerBase, Any]:
 def has_sentence_modules(name: str) -> bool:
     """Whether a folder or hub name is a sentence-transformers model."""
     try:
-        return cached_file(name, "modules.json") is not None
+        return cached_file(name, SENTENCE_MODULES) is not None
     except OSError:  # no such file, no such model, or no access; loading it says which
         return False
 
@@ -70,7 +74,7 @@ def load_sentence_transformer(name: str) -> Any:
     """Loads a sentence-transformers model whose transformer is a BERT.
 
     Raises:
-        ValueError: the package is missing, or the model cannot be used.
+        ValueError: the package is missing, the model cannot be used, or it lacks weights.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -79,10 +83,14 @@ def load_sentence_transformer(name: str) -> Any:
             f"teacher={name} is a sentence-transformers model: install it with `pip install sentence-transformers`."
         ) from None
     model = SentenceTransformer(name, device="cpu", model_kwargs={"dtype": torch.float32})
-    transformer = getattr(model[0], "auto_model", None)
+    transformer: Any = getattr(model[0], "auto_model", None)
     if transformer is None:
         raise ValueError(f"teacher={name} starts with a {type(model[0]).__name__}, not with a BERT.")
     check_bert(transformer.config.to_dict(), name)
+    # sentence-transformers does not say which weights it made up, so the BERT is loaded once more, by what does
+    modules = json.loads(Path(str(cached_file(name, SENTENCE_MODULES))).read_text(encoding="utf-8"))
+    if load_complete_bert(name, type(transformer), subfolder=modules[0]["path"]).pooler is None:
+        transformer.pooler = None
     note_precision(f"teacher={name}", BertConfig.get_config_dict(name)[0])
     return model
 
@@ -91,7 +99,7 @@ def load_bert_and_tokenizer(name: str) -> tuple[PreTrainedModel, PreTrainedToken
     """Loads a BERT as the class that its config names, and its tokenizer.
 
     Raises:
-        ValueError: not BERT's architecture, or no tokenizer.
+        ValueError: not BERT's architecture, no tokenizer, or weights that are missing.
     """
     fields, _ = BertConfig.get_config_dict(name)
     check_bert(fields, name)
@@ -102,7 +110,27 @@ def load_bert_and_tokenizer(name: str) -> tuple[PreTrainedModel, PreTrainedToken
         tokenizer = load_tokenizer(name)
     except ValueError as error:
         raise no_tokenizer(name) from error
-    return bert_class.from_pretrained(name, dtype=torch.float32), tokenizer
+    return load_complete_bert(name, bert_class), tokenizer
+
+
+def load_complete_bert(name: str, bert_class: type[PreTrainedModel], subfolder: str = "") -> PreTrainedModel:
+    """A BERT in float32, in evaluation mode; a bare encoder whose pooler was not saved comes without one.
+
+    Raises:
+        ValueError: other weights are missing.
+    """
+    loaded: Any = bert_class.from_pretrained(name, subfolder=subfolder, dtype=torch.float32, output_loading_info=True)
+    bert, report = loaded
+    missing = set(report["missing_keys"])
+    if isinstance(bert, BertModel) and (pooler := {name for name in missing if name.startswith("pooler.")}):
+        bert.pooler = None
+        missing -= pooler
+    if missing:
+        raise ValueError(
+            f"teacher={name} has no weights for {', '.join(sorted(missing)[:3])}, which would be random, and the "
+            f"student would learn them; train or save it as a {bert_class.__name__}, or name another."
+        )
+    return bert
 
 
 def no_tokenizer(name: str) -> ValueError:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 import modeling_lambdabert
+from lambdabert.saved_models import load_as_saved
 
 from .explanations import explain_prediction, integrated_gradients
 from .page import ExplainedPrediction
@@ -48,7 +49,7 @@ class LoadedModel:
         name: a folder or a hub name. No code of it is run: the classes are those of this installation.
 
     Raises:
-        ValueError: no LambdaBERT, weights that are missing, or no tokenizer of its own.
+        ValueError: no LambdaBERT, weights that are missing, a model of choices, or no tokenizer of its own.
         OSError: nothing is there.
     """
 
@@ -60,15 +61,11 @@ class LoadedModel:
                 f"model={name} is of type {kind} and has no lambda layers to look into; give a LambdaBERT. "
                 "distill_from_bert.py makes one of a BERT."
             )
-        architecture = next(iter(fields.get("architectures") or ()), None)
-        known = architecture if architecture in modeling_lambdabert.__all__ else "LambdaBertModel"
-        model_class: Any = getattr(modeling_lambdabert, known)
-        self.model, found = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        self.model.eval()
-        if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):
+        self.model: Any = load_as_saved(name)
+        if isinstance(self.model, modeling_lambdabert.LambdaBertForMultipleChoice):
             raise ValueError(
-                f"model={name} has no weights for {', '.join(missing[:3])}, which would be random; train or save "
-                f"it as a {known}."
+                f"model={name} chooses among texts, and one text is looked into; load its encoder by "
+                "LambdaBertModel.from_pretrained, save that with the tokenizer, and give its folder."
             )
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -84,9 +81,7 @@ class LoadedModel:
     @property
     def limit(self) -> int | None:
         """The most tokens of a text; None = any number."""
-        config = self.model.config
-        is_bounded = config.position_embedding_type == "absolute" or config.local_context_size is None
-        return config.max_position_embeddings if is_bounded else None
+        return self.model.config.longest_sequence
 
     def encode(self, texts: Sequence[str], what: str = "text") -> Any:
         """What the tokenizer returns for texts, padded to the longest.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from lambdabert.training.option_rules import (
     DEFAULT_OUTPUT_DIR,
@@ -64,6 +64,10 @@ class RunArguments(TrainingArguments):
             self.greater_is_better = self.metric_for_best_model.endswith("accuracy")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            mode = "max" if self.greater_is_better else "min"
+            given: Any = self.lr_scheduler_kwargs or {}
+            self.lr_scheduler_kwargs = {"mode": mode, **given}
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of rising learning rate; none in a single step, whose rate would be 0."""

@@ -85,15 +85,18 @@ def example_sums(
 
 
 def pretraining_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Metrics over all masked tokens and all pairs, from the sums of `example_sums` [examples, 6]."""
+    """Metrics over all masked tokens and all pairs, from the sums of `example_sums` [examples, 6].
+
+    The mean over no masked token is NaN.
+    """
     sums = np.asarray(prediction.predictions, dtype=np.float64)
     masked, mlm_loss, mlm_correct, tokens, sentence_loss, sentence_correct = sums.sum(axis=0)
-    mlm_loss /= max(masked, 1)
+    mlm_loss, mlm_accuracy = (value / masked if masked else math.nan for value in (mlm_loss, mlm_correct))
     metrics = {
         "loss": mlm_loss,
         "mlm_loss": mlm_loss,
         "perplexity": math.exp(min(mlm_loss, 700)),
-        "mlm_accuracy": mlm_correct / max(masked, 1),
+        "mlm_accuracy": mlm_accuracy,
         "masked_tokens": int(masked),
         "tokens": int(tokens),
     }

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configuration_lambdabert import LambdaBertConfig
-from conversion_lambdabert import bare
+from conversion_lambdabert import ENCODER, bare
 from lambdabert.text.arguments import TextArguments
 from lambdabert.text.objectives import Objective
 from lambdabert.training.recipes import parse_overrides
@@ -32,8 +32,6 @@ NEW_MODEL = {
 NEW_MODEL_OF_PAIRS = {**NEW_MODEL, "classifier_pooling": "sep"}
 # the peak learning rate of a new model of so many layers, so wide, with steps of so many tokens
 RATE, RATED_LAYERS, RATED_WIDTH, RATED_TOKENS = 4e-3, 4, 192, 4096
-# prefixes of the names of an encoder's weights
-ENCODER = ("embeddings.", "encoder.")
 # encoder weights that a config may add to a trained model: they start at 0, and the model stays what it is
 NEUTRAL, NEUTRAL_FIELD = ".repetition_embeddings", "repetition_context_size"
 

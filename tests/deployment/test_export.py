@@ -132,7 +132,7 @@ def test_torch_program_computes_what_the_model_does(scope, make_config, make_inp
 def test_int8_computes_nearly_what_the_model_does(make_config, make_inputs, tmp_path, around):
     """Linear layers have 8-bit weights, the shared matrix of the MLM head among them, and no other product has."""
     sizes = dict(hidden_size=64, intermediate_size=256, num_lambda_queries=4, vocab_size=300)
-    sizes |= dict(repetition_context_size=around)
+    sizes |= dict(repetition_context_size=around, mask_token_id=4)
     model = save_model(tmp_path / "model", make_config, "LambdaBertForMaskedLM", None, "absolute", **sizes)
     done = export_model(tmp_path / "model", tmp_path / "int8", quantize="int8")
     inputs = padded_inputs(make_inputs, model, 4, 70)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lambdabert.distillation.loading import load_bert_and_tokenizer, load_sentence_transformer
+from lambdabert.distillation.loading import load_bert_and_tokenizer, load_sentence_transformer, load_teacher
+from modeling_lambdabert import LambdaBertModel
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -23,3 +24,35 @@ def test_teachers_compute_in_float32_whatever_they_are_stored_in(teachers, sente
     sentences = load_sentence_transformer(str(tmp_path / "sentences"))
     for model in (bert, sentences):
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def without(folder, copy, prefix):
+    """A copy of a folder whose file has no weights of that prefix."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
+    assert len(kept) < len(weights)
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return str(copy)
+
+
+@pytest.mark.parametrize("prefix", ["classifier.", "bert.pooler.", "bert.encoder.layer.0.output."])
+def test_a_teacher_that_lacks_weights_is_refused(teachers, tmp_path, prefix):
+    with pytest.raises(ValueError, match=f"has no weights for {prefix}.*BertForSequenceClassification"):
+        load_teacher(without(teachers / "classifier", tmp_path / "teacher", prefix))
+
+
+def test_a_sentence_encoder_that_lacks_weights_is_refused(sentence_teacher, tmp_path):
+    with pytest.raises(ValueError, match="has no weights for encoder.layer.1.output.dense.bias"):
+        load_teacher(without(sentence_teacher, tmp_path / "teacher", "encoder.layer.1.output.dense.bias"))
+
+
+def test_a_pooler_that_was_not_saved_is_none_of_the_teachers(teachers, sentence_teacher, tmp_path):
+    for folder in (teachers / "plain", sentence_teacher):
+        teacher, _, sentences = load_teacher(without(folder, tmp_path / folder.name, "pooler."))
+        student = LambdaBertModel.from_bert(teacher.model)
+        assert {name for name in student.conversion_report.fresh if "attention" not in name} == {
+            "pooler.dense.weight",
+            "pooler.dense.bias",
+        }
+        assert sentences is None or sentences.encode("the fox").shape == (24,)

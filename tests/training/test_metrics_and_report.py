@@ -26,6 +26,14 @@ def test_evaluation_keeps_sums_instead_of_logits():
     assert "sentence_loss" not in metrics
 
 
+def test_the_mean_of_no_masked_token_is_none():
+    inputs = {"labels": torch.full((2, 3), -100), "attention_mask": torch.ones(2, 3)}
+    sums = example_sums(torch.zeros(0, 5), None, inputs)
+    metrics = pretraining_metrics(type("Prediction", (), {"predictions": sums.numpy()}))
+    assert all(math.isnan(metrics[name]) for name in ("loss", "mlm_loss", "perplexity", "mlm_accuracy"))
+    assert (metrics["masked_tokens"], metrics["tokens"]) == (0, 6)
+
+
 def test_unigram_baseline(text):
     tokenizer = run_language_modeling.load_tokenizer(text / "tokenizer")
     cls, sep, a, b = tokenizer.cls_token_id, tokenizer.sep_token_id, 50, 60

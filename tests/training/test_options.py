@@ -42,6 +42,16 @@ def test_the_best_model_is_the_one_that_is_better(name, rises):
     assert training_args.greater_is_better is not rises
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_by_a_metric_knows_which_way_is_better(schedule):
+    command = f"--do_train --do_eval --eval_steps 2 --lr_scheduler_type {schedule} --metric_for_best_model".split()
+    for metric, mode in (("mlm_loss", "min"), ("mlm_accuracy", "max")):
+        *_, training_args = parse_arguments([*command, metric])
+        assert training_args.lr_scheduler_kwargs == {"mode": mode}
+    *_, training_args = parse_arguments([*command, "loss", "--lr_scheduler_kwargs", '{"patience": 3, "mode": "max"}'])
+    assert training_args.lr_scheduler_kwargs == {"mode": "max", "patience": 3}
+
+
 def test_what_is_given_is_not_taken_as_given(tmp_path):
     recipe = tmp_path / "r.json"
     recipe.write_text('{"eval_strategy": "epoch"}')

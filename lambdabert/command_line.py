@@ -1,0 +1,37 @@
+"""What the commands that train nothing share: their parser, and one line for what goes wrong."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake as a `ValueError`, and prints no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
+
+
+def run_command(parser: Parser, argv: Sequence[str] | None, run: Callable[[argparse.Namespace], None]) -> int:
+    """Runs a command; what a user can mend is told in one line on stderr.
+
+    Args:
+        parser: of its arguments.
+        argv: these; None = those of the process.
+        run: does what the parsed arguments ask for.
+
+    Returns:
+        The exit status.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # of loading
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
