@@ -200,7 +200,7 @@ class Distillation(TrainingRun):
     def become_tiny(self) -> None:
         bert = BertModel(BertConfig(**TINY_SHAPE, num_attention_heads=2))
         self.teacher, self.weights = Teacher(bert), LossWeights(layers=1.0)
-        self.model = modeling_lambdabert.LambdaBertModel.from_bert(bert)
+        self.model = modeling_lambdabert.LambdaBertModel(LambdaBertConfig(**TINY_SHAPE, num_lambda_queries=2))
         # which losses there are to choose the best by depends on the teacher
         self.training_args.metric_for_best_model = self.training_args.metric_for_best_model and "loss"
 

@@ -38,6 +38,7 @@ class TestResults:
         assert report["eval"]["eval_loss"] == pytest.approx(sum(losses.values()))
         for said in (f"{report['model']['parameters']:,} parameters", "12 documents", "12 steps", str(output_dir)):
             assert said in printed
+        assert printed.count("computed 6 from attention's values and output") == 1, "of the teacher, not of a rehearsal"
         card = (output_dir / "README.md").read_text()
         assert str(output_dir.parent.parent) not in card and "cache" not in card, "a published card tells no local path"
         for said in (
