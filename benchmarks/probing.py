@@ -35,6 +35,7 @@ from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import ProbeResult, Task, difference, is_encoded, probe_rows, read_task, task_features
 from lambdabert.interpretation.features import RANDOM_MODELS
+from lambdabert.interpretation.intervals import FEWEST_GROUPS
 from lambdabert.interpretation.loading import LoadedModel
 from lambdabert.interpretation.probes import SPLITS
 from lambdabert.interpretation.tasks import NO_TARGET, equal_dimension, summary
@@ -149,6 +150,7 @@ def draw(tasks: Mapping[str, Any], file: Path) -> None:
     panels = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
     for panel, (name, task) in zip(panels, tasks.items()):
         rows = {row: sizes["equal dimension"] for row, sizes in task["rows"].items()}
+        has_intervals = task["families"]["content lambda"]["test groups"] >= FEWEST_GROUPS
         layers = sum(row.startswith("mean hidden state") for row in rows)
         for number, row in enumerate(SINGLE):
             style = (":", "-.", "--", "-")[number]
@@ -159,7 +161,8 @@ def draw(tasks: Mapping[str, Any], file: Path) -> None:
             errors = [[abs(rows[f"{family} {i}"]["interval"][end] - value) for i, value in zip(known, values)]
                       for end in (0, 1)]  # fmt: skip
             if known and family != "random-key content lambda":
-                panel.errorbar(known, values, errors, color=f"C{number}", marker=".", linewidth=1, label=family)
+                bars = errors if has_intervals else None
+                panel.errorbar(known, values, bars, color=f"C{number}", marker=".", linewidth=1, label=family)
             elif known:
                 panel.plot(known, values, color=f"C{number}", marker="x", linewidth=1, label=family)
         for kind, family, number in (("model", "content lambda", 0), ("BERT", "attention", 4)):
@@ -167,7 +170,7 @@ def draw(tasks: Mapping[str, Any], file: Path) -> None:
             if names[0][0] in rows:
                 means = [sum(rows[one]["accuracy"] for one in of_layer) / RANDOM_MODELS for of_layer in names]
                 panel.plot(means, color=f"C{number}", linestyle=":", label=f"{family}, random weights")
-        panel.set_title(name, fontsize=9)
+        panel.set_title(name if has_intervals else f"{name} (no intervals: few targets)", fontsize=9)
         panel.set_xticks(range(layers))
         panel.set_xlabel("layer", fontsize=7, labelpad=0)
         panel.tick_params(labelsize=7)
