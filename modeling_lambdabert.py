@@ -319,6 +319,17 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
         """Output of the encoder below a head, for the inputs of `LambdaBertModel`."""
         return self.bert(*inputs, **kwargs | {"return_dict": True})
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As in `transformers`; a ValueError where the config's [PAD] or [MASK] would be cut off."""
+        for field in ("pad_token_id", "mask_token_id"):
+            token = getattr(self.config, field)
+            if new_num_tokens is not None and token is not None and token >= new_num_tokens:
+                raise ValueError(
+                    f"{new_num_tokens} tokens leave out {field}={token} of the config: keep more, or set "
+                    f"config.{field} to that of the new tokenizer first."
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -528,6 +528,17 @@ class TestResize:
         labels = torch.full((3, 9), 59)
         assert torch.isfinite(model(**inputs, labels=labels).loss)
 
+    @pytest.mark.parametrize("field", ["pad_token_id", "mask_token_id"])
+    def test_special_tokens_are_not_cut_off(self, make_config, field):
+        config = make_config()
+        model = build(LambdaBertForMaskedLM, config)
+        setattr(config, field, 50)
+        with pytest.raises(ValueError, match=f"50 tokens leave out {field}=50"):
+            model.resize_token_embeddings(50)
+        assert model.get_input_embeddings().num_embeddings == config.vocab_size == 60
+        model.resize_token_embeddings(51)
+        config.validate()
+
     def test_every_class(self, make_config, make_inputs, model_class):
         config = make_config()
         model = build(model_class, config).eval()
