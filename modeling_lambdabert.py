@@ -319,7 +319,7 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
         """Output of the encoder below a head, for the inputs of `LambdaBertModel`."""
         return self.bert(*inputs, **kwargs | {"return_dict": True})
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in `transformers`; a ValueError where the config's [PAD] or [MASK] would be cut off."""
         for field in ("pad_token_id", "mask_token_id"):
             token = getattr(self.config, field)
