@@ -220,7 +220,7 @@ class TestTopics:
         torch.testing.assert_close(rows["mean hidden state 1"][1], alone.outputs.hidden_states[2][0].mean(0))
 
     def test_command(self, interpret, tmp_path):
-        (tmp_path / "texts.txt").write_text("\n\n".join(SENTENCES))
+        (tmp_path / "texts.txt").write_text("\ufeff" + "\n\n".join(SENTENCES), encoding="utf-8")
         rows = [f"{'fox' if i < 2 else 'tree'}\t{sentence}" for i, sentence in enumerate(SENTENCES)]
         (tmp_path / "texts.tsv").write_text("topic\ttext\n" + "\n".join(rows) + "\n")
         status, out, _ = interpret("topics", "texts.txt", "--neighbours", "2", "--output", "a.json")

@@ -109,6 +109,7 @@ BROKEN_FILES = {
     "cut.txt.bz2": (bz2.compress(COMPRESSIBLE)[:-30], "cannot be read to its end"),
     "cut.txt.xz": (lzma.compress(COMPRESSIBLE)[:-900], "cannot be read to its end"),
     "cut.txt.zst": (zstd(COMPRESSIBLE)[:-900], "cannot be read to its end"),
+    "corpus.txt.lz4": (pa.compress(COMPRESSIBLE, codec="lz4", asbytes=True), "binary.*the suffix of"),
     "plain.txt.gz": (b"not compressed", "cannot be read to its end"),
     "text.parquet": (b"not parquet", "cannot be read to its end"),
     "column.jsonl": (b'{"body": "x"}\n', "no 'text' but body.*text_column"),
