@@ -1,0 +1,44 @@
+"""Draws docs/wikipedia_512.png: validation MLM loss of the encoders that were trained on 512 tokens, as recorded.
+
+PYTHONPATH=. python docs/draw_wikipedia_512.py
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from benchmarks.report import Curve, draw_curves
+
+RECORDS = Path("benchmarks/results/pretraining")
+TOKENS_A_STEP = 3882 / 1e6  # millions; the mean of 8 texts of up to 512
+LAST_STEP = 8000
+RUNS = {
+    "LambdaBERT with repetitions": "wikipedia_512_new_repetitions",
+    "ModernBERT": "wikipedia_512_modernbert_8000",
+    "BERT": "wikipedia_512_bert",
+    "LambdaBERT, wikipedia-512": "wikipedia_512",
+}
+OF_ANOTHER_DAY = "LambdaBERT, wikipedia-512"  # its minutes are of a slower machine
+
+
+def main() -> None:
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for name, record in RUNS.items():
+        curve = json.loads((RECORDS / f"{record}.json").read_text(encoding="utf-8"))["curve"]
+        curve = [point for point in curve if point["step"] <= LAST_STEP]
+        losses = [[point["eval_mlm_loss"]] for point in curve]
+        tokens = [TOKENS_A_STEP * point["step"] for point in curve]
+        minutes = [point["seconds"] / 60 for point in curve]
+        if name == OF_ANOTHER_DAY:
+            draw_curves(panels[:1], {name: Curve((tokens,), losses)}, ["million tokens"])
+        else:
+            draw_curves(panels, {name: Curve((tokens, minutes), losses)}, ["million tokens", "minutes on one core"])
+    panels[0].set_ylabel("validation MLM loss (nats per masked token)")
+    panels[0].legend()
+    figure.savefig("docs/wikipedia_512.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
