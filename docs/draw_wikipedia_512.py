@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from benchmarks.report import Curve, draw_curves
 
 RECORDS = Path("benchmarks/results/pretraining")
-TOKENS_A_STEP = 3882 / 1e6  # millions; the mean of 8 texts of up to 512
 LAST_STEP = 8000
 RUNS = {
     "LambdaBERT with repetitions": "wikipedia_512_new_repetitions",
@@ -26,10 +25,11 @@ def main() -> None:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for name, record in RUNS.items():
-        curve = json.loads((RECORDS / f"{record}.json").read_text(encoding="utf-8"))["curve"]
-        curve = [point for point in curve if point["step"] <= LAST_STEP]
+        recorded = json.loads((RECORDS / f"{record}.json").read_text(encoding="utf-8"))
+        curve = [point for point in recorded["curve"] if point["step"] <= LAST_STEP]
+        tokens_a_step = recorded["train"]["num_input_tokens_seen"] / recorded["train"]["step"]
         losses = [[point["eval_mlm_loss"]] for point in curve]
-        tokens = [TOKENS_A_STEP * point["step"] for point in curve]
+        tokens = [tokens_a_step * point["step"] / 1e6 for point in curve]
         minutes = [point["seconds"] / 60 for point in curve]
         if name == OF_ANOTHER_DAY:
             draw_curves(panels[:1], {name: Curve((tokens,), losses)}, ["million tokens"])

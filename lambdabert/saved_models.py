@@ -1,18 +1,54 @@
-"""A saved LambdaBERT as the class that it was saved as, without random weights."""
+"""Saved models without random weights, and where sentence-transformers keeps one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 import modeling_lambdabert
 from modeling_lambdabert import LambdaBertModel
 
+SENTENCE_MODULES = "modules.json"  # what makes a folder one of sentence-transformers
+
+
+def sentence_module_paths(folder: Path) -> list[str]:
+    """Subfolders of a sentence-transformers model's modules, the transformer's first; none for another folder."""
+    try:
+        modules = json.loads((folder / SENTENCE_MODULES).read_text(encoding="utf-8"))
+        return [module["path"] for module in modules]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / SENTENCE_MODULES} cannot be read ({error}); save the model again.") from None
+
+
+def load_with_missing(model_class: Any, name: str | Path, subfolder: str = "") -> tuple[PreTrainedModel, list[str]]:
+    """Loads a model.
+
+    Args:
+        model_class: a class of BERT's or of LambdaBERT's family.
+        name: a folder or a hub name.
+        subfolder: where in it the model is.
+
+    Returns:
+        The model in float32 and evaluation mode, a bare encoder whose pooler was not saved without one; and the names
+        of all other weights that were not saved, which are random.
+    """
+    model, found = model_class.from_pretrained(name, subfolder=subfolder, dtype=torch.float32, output_loading_info=True)
+    missing = set(found["missing_keys"])
+    if isinstance(model, BertModel) and (pooler := {weight for weight in missing if weight.startswith("pooler.")}):
+        model.pooler = None
+        missing -= pooler
+    return model.eval(), sorted(missing)
+
 
 def load_as_saved(name: str | Path) -> PreTrainedModel:
-    """Loads a LambdaBERT. No code of its folder is run: the classes are those of this installation.
+    """Loads a LambdaBERT as the class that it was saved as.
+
+    No code of its folder is run: the classes are those of this installation.
 
     Args:
         name: a folder or a hub name.
@@ -27,14 +63,10 @@ def load_as_saved(name: str | Path) -> PreTrainedModel:
     architecture = next(iter(fields.get("architectures") or ()), None)
     known = architecture if architecture in modeling_lambdabert.__all__ else LambdaBertModel.__name__
     model_class: Any = getattr(modeling_lambdabert, known)
-    model, found = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    missing = set(found["missing_keys"])
-    if isinstance(model, LambdaBertModel) and (pooler := {name for name in missing if name.startswith("pooler.")}):
-        model.pooler = None
-        missing -= pooler
+    model, missing = load_with_missing(model_class, name)
     if missing:
         raise ValueError(
-            f"model={name} has no weights for {', '.join(sorted(missing)[:3])}, which would be random; train or save "
+            f"model={name} has no weights for {', '.join(missing[:3])}, which would be random; train or save "
             f"it as a {known}, or name in `architectures` of its {CONFIG_NAME} the class that it is."
         )
-    return model.eval()
+    return model

@@ -1,6 +1,5 @@
 """A saved LambdaBERT as what is exported: a module from three inputs to named outputs, and its tokenizer."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from lambdabert.saved_models import load_as_saved
+from lambdabert.saved_models import load_as_saved, sentence_module_paths
 from modeling_lambdabert import LambdaBertForMultipleChoice
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-SENTENCE_MODULES = "modules.json"  # what makes a folder one of sentence-transformers
 
 
 class ModelProgram(nn.Module):
@@ -96,17 +94,6 @@ def load_program(folder: Path) -> LoadedProgram:
             module.chunk_size_feed_forward = 0
     loaded.program.eval()
     return loaded
-
-
-def sentence_module_paths(folder: Path) -> list[str]:
-    """Subfolders of a sentence-transformers model's modules, the transformer's first; none for another folder."""
-    try:
-        modules = json.loads((folder / SENTENCE_MODULES).read_text(encoding="utf-8"))
-        return [module["path"] for module in modules]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / SENTENCE_MODULES} cannot be read ({error}); save the model again.") from None
 
 
 def check_kind(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Loading a teacher and its tokenizer, and refusing what is not a BERT."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from transformers.utils import cached_file
 
 from conversion_lambdabert import check_bert
 from lambdabert.distillation.teacher import Teacher
+from lambdabert.saved_models import SENTENCE_MODULES, load_with_missing, sentence_module_paths
 from lambdabert.text.tokenizers import check_tokenizer
 from lambdabert.training.models import non_finite_weights, note_precision
 from lambdabert.training.tokenizers import load_tokenizer
 
-SENTENCE_MODULES = "modules.json"  # what makes a folder one of sentence-transformers
 STUDENTS = {
     "BertModel": "LambdaBertModel",
     "BertForPreTraining": "LambdaBertForPreTrainingNSP",
@@ -88,8 +87,8 @@ def load_sentence_transformer(name: str) -> Any:
         raise ValueError(f"teacher={name} starts with a {type(model[0]).__name__}, not with a BERT.")
     check_bert(transformer.config.to_dict(), name)
     # sentence-transformers does not say which weights it made up, so the BERT is loaded once more, by what does
-    modules = json.loads(Path(str(cached_file(name, SENTENCE_MODULES))).read_text(encoding="utf-8"))
-    if load_complete_bert(name, type(transformer), subfolder=modules[0]["path"]).pooler is None:
+    subfolder = sentence_module_paths(Path(str(cached_file(name, SENTENCE_MODULES))).parent)[0]
+    if load_complete_bert(name, type(transformer), subfolder).pooler is None:
         transformer.pooler = None
     note_precision(f"teacher={name}", BertConfig.get_config_dict(name)[0])
     return model
@@ -114,20 +113,11 @@ def load_bert_and_tokenizer(name: str) -> tuple[PreTrainedModel, PreTrainedToken
 
 
 def load_complete_bert(name: str, bert_class: type[PreTrainedModel], subfolder: str = "") -> PreTrainedModel:
-    """A BERT in float32, in evaluation mode; a bare encoder whose pooler was not saved comes without one.
-
-    Raises:
-        ValueError: other weights are missing.
-    """
-    loaded: Any = bert_class.from_pretrained(name, subfolder=subfolder, dtype=torch.float32, output_loading_info=True)
-    bert, report = loaded
-    missing = set(report["missing_keys"])
-    if isinstance(bert, BertModel) and (pooler := {name for name in missing if name.startswith("pooler.")}):
-        bert.pooler = None
-        missing -= pooler
+    """A BERT as `load_with_missing` gives it. Raises ValueError if weights are missing."""
+    bert, missing = load_with_missing(bert_class, name, subfolder)
     if missing:
         raise ValueError(
-            f"teacher={name} has no weights for {', '.join(sorted(missing)[:3])}, which would be random, and the "
+            f"teacher={name} has no weights for {', '.join(missing[:3])}, which would be random, and the "
             f"student would learn them; train or save it as a {bert_class.__name__}, or name another."
         )
     return bert
