@@ -32,7 +32,7 @@ from lambdabert.text.objectives import MLM, SENTENCES, Objective
 from lambdabert.text.tokenizers import check_tokenizer
 from lambdabert.training.arguments import RunArguments
 from lambdabert.training.checkpoints import CheckpointError
-from lambdabert.training.command import run_command
+from lambdabert.training.command import run_training_command
 from lambdabert.training.memory import check_memory
 from lambdabert.training.models import check_mask
 from lambdabert.training.output_folder import read_record
@@ -40,6 +40,7 @@ from lambdabert.training.recipes import parse_overrides
 from lambdabert.training.rehearsal import TINY_SHAPE
 from lambdabert.training.report import describe_data, describe_recipe, plot_curves, quoted, read_template
 from lambdabert.training.run import Documents, TrainingRun
+from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 from lambdabert.training.trainer import InterruptibleTrainer
 
 TEMPLATES = "lambdabert.distillation"
@@ -52,7 +53,6 @@ MASKING_OPTIONS = (
     *("mlm_probability", "eval_mlm_probability", "mask_replace_prob", "random_replace_prob"),
     "whole_word_mask",
 )
-UNPLANNED_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 @dataclass
@@ -189,7 +189,7 @@ class Distillation(TrainingRun):
                 f"attention_steps={args.attention_steps:g} exceeds max_steps={args.max_steps}, which counts both "
                 "stages: lower the former or raise the latter."
             )
-        if args.attention_steps and args.lr_scheduler_type in UNPLANNED_SCHEDULES:
+        if args.attention_steps and args.lr_scheduler_type in SCHEDULES_BY_EVALUATION:
             raise ValueError(
                 f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value} depends on the course of training "
                 "and cannot be planned for two stages: use another, such as linear, or --attention_steps 0."
@@ -290,7 +290,7 @@ class Distillation(TrainingRun):
         if self.sentence_transformer is None:
             self.tokenizer.model_max_length = self.model.config.longest_sequence or VERY_LARGE_INTEGER
 
-    def start_from_text(self) -> None:
+    def check_examples(self) -> None:
         """Refuses a text of fewer examples than a step takes. Raises ValueError."""
         args, examples = self.training_args, self.examples.get("train")
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -307,8 +307,8 @@ class Distillation(TrainingRun):
         settings["training"]["per_device_train_batch_size"] = self.training_args.per_device_train_batch_size
         return settings
 
-    def check_length(self, state: TrainerState) -> None:
-        super().check_length(state)
+    def check_steps(self, state: TrainerState) -> None:
+        super().check_steps(state)
         now, recorded = self.training_args.attention_steps, read_record(str(self.training_args.output_dir)) or {}
         before = recorded.get("training", {}).get("attention_steps", now)
         planned, first = steps_of_first_stage(before, state.max_steps), self.first_stage
@@ -392,7 +392,7 @@ class Distillation(TrainingRun):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return run_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Distillation)
+    return run_training_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Distillation)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ def build_parser() -> Parser:
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", help="The folder of a LambdaBERT, or of a sentence-transformers model of one.")
     parser.add_argument("--format", default="onnx", help=f"One of {', '.join(FORMATS)}; onnx if not given.")

@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     command = add("map", run_map, "A text's maps, as a page and figures.", (".html", *FIGURES))
     command.add_argument("text", nargs="*", help="The text, in quotes; with one [MASK], its prediction is explained.")
     command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
-    what = "What the prediction of a masked word, a class, a label or an answer is owed to."
+    what = "What the prediction of a masked word, a class, a label or an answer is due to."
     command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
     what = "The text, in quotes, with one [MASK] unless the model classifies; for answers, the question and the text."
     command.add_argument("text", nargs="*", help=what)

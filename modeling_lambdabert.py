@@ -358,8 +358,10 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
             folder or the hub it is loaded in float32, however it is stored, because the result is to be trained.
 
         Raises:
-            ValueError: not BERT's architecture, a decoder, cross-attention or relative positions; a setting that is no
-                field or contradicts the shape of a copied weight.
+            ValueError: not a model, folder or name; not BERT's architecture, a decoder, cross-attention or relative
+                positions; weights of the encoder that are missing; a setting that is no field or contradicts the shape
+                of a copied weight.
+            OSError: no such folder or hub name.
         """
         bert_class = next(base for base in cls.__mro__ if base.__module__ == BertModel.__module__)
         teacher, missing = load_bert(bert, bert_class)
@@ -694,8 +696,8 @@ class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
 
 
 class LambdaBertHeadModel(LambdaBertPreTrainedModel):
-    """What the models with one head share: inputs, `labels` and output. Each says its logits, and its loss where that
-    is not the cross entropy."""
+    """What the models with one head share: inputs, `labels` and output. Each defines its logits, and its loss where
+    it is not cross entropy."""
 
     @can_return_tuple
     @refuses_unknown_arguments

@@ -29,12 +29,12 @@ from lambdabert.text.masks import MaskingCollator, masking_collator
 from lambdabert.text.objectives import MLM, NSP, SOP, Objective
 from lambdabert.text.tokenizers import check_tokenizer, train_wordpiece
 from lambdabert.training.arguments import RunArguments
-from lambdabert.training.command import run_command
+from lambdabert.training.command import run_training_command
 from lambdabert.training.memory import check_memory
 from lambdabert.training.models import (
     check_examples_fit,
-    check_length,
     check_masked_sentence,
+    check_sentence_length,
     check_tokens,
     make_config,
     make_model,
@@ -169,7 +169,9 @@ class Pretraining(TrainingRun):
 
     def hub_names(self) -> tuple[str | None, ...]:
         args = self.model_args
-        tokenizer = None if args.train_tokenizer else args.tokenizer_name or DEFAULT_TOKENIZER
+        tokenizer = (
+            None if args.train_tokenizer else args.tokenizer_name or args.model_name_or_path or DEFAULT_TOKENIZER
+        )
         return args.model_name_or_path, args.config_name, tokenizer
 
     def become_tiny(self) -> None:
@@ -240,7 +242,7 @@ class Pretraining(TrainingRun):
         """The model's config. Raises ValueError if it does not fit the tokenizer or the masked sentence."""
         config = self.config(len(self.tokenizer), self.tokenizer.pad_token_id, self.tokenizer.mask_token_id)
         check_tokens(config, self.tokenizer)
-        check_length(self.model_args.masked_sentence, self.tokenizer, config)
+        check_sentence_length(self.model_args.masked_sentence, self.tokenizer, config)
         return config
 
     def make_model(self, documents: Documents) -> None:
@@ -255,12 +257,8 @@ class Pretraining(TrainingRun):
             MODEL_CLASSES[self.objective.name], config, args.model_name_or_path, overridden=overridden
         )
 
-    def start_from_text(self) -> None:
-        """Starts a new model at the text's token frequencies.
-
-        Raises:
-            ValueError: every batch would be dropped as incomplete.
-        """
+    def check_examples(self) -> None:
+        """Refuses a text whose only batch would be dropped as incomplete. Raises ValueError."""
         args, examples = self.training_args, self.examples.get("train")
         batch = args.train_batch_size * args.world_size
         if args.dataloader_drop_last and isinstance(examples, Dataset) and len(examples) < batch:
@@ -268,6 +266,9 @@ class Pretraining(TrainingRun):
                 f"dataloader_drop_last drops the only batch: the text makes {len(examples)} examples, fewer than "
                 f"{batch}. Leave it out, give more text, or lower per_device_train_batch_size."
             )
+
+    def start_from_text(self) -> None:
+        """Starts a new model at the text's token frequencies."""
         if "train" in self.examples and self.model_args.model_name_or_path is None:
             start_at_frequencies(self.model, count_tokens(self.examples["train"], self.tokenizer, COUNTED_EXAMPLES))
 
@@ -320,7 +321,7 @@ class Pretraining(TrainingRun):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return run_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Pretraining)
+    return run_training_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Pretraining)
 
 
 if __name__ == "__main__":

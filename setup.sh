@@ -12,11 +12,11 @@ die() {
     exit 1
 }
 
-# Installs once per state of the requirement files: install NAME PIP_ARGUMENT...
+# Installs once per state of its arguments and the requirement files: install NAME PIP_ARGUMENT...
 install() {
     local name=$1 state
     shift
-    state=$(cat requirements.txt pyproject.toml | cksum)
+    state=$({ echo "$*" && cat requirements.txt pyproject.toml; } | cksum)
     [ "$(cat "env/installed-$name" 2>/dev/null)" = "$state" ] && return
     echo "setup.sh: installing $* into ./env"
     env/bin/python -m pip install --quiet "$@" || die "pip could not install '$*'; its message is above."

@@ -69,9 +69,8 @@ class Call:
         if cell.part == "mixed":
             if "full" in variations:
                 return {"input_ids": random_tokens(int(mixed_lengths(cell.length).sum()) // cell.length, cell.length)}
-            lengths = mixed_lengths(cell.length)
-            mask = (torch.arange(cell.length) < lengths[:, None]).long()
-            return {"input_ids": random_tokens(len(lengths), cell.length) * mask, "attention_mask": mask}
+            ids, mask = mixed_batch(cell.length)
+            return {"input_ids": ids, "attention_mask": mask}
         batch = max(1, cell.tokens // cell.length)
         inputs = {"input_ids": random_tokens(batch, cell.length)}
         if cell.part == "train":
@@ -126,6 +125,12 @@ def mixed_lengths(longest: int) -> torch.Tensor:
     lengths = (draws * rest / draws.sum()).round().long().clamp(1, longest)
     lengths[lengths.argmax()] += rest - lengths.sum()
     return torch.cat([torch.tensor([longest]), lengths])
+
+
+def mixed_batch(longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, 0 in the padding, and attention mask of rows of `mixed_lengths`, [rows, longest] each."""
+    mask = (torch.arange(longest) < mixed_lengths(longest)[:, None]).long()
+    return random_tokens(*mask.shape) * mask, mask
 
 
 def peak_memory(cell: Cell, threads: int) -> int | None:

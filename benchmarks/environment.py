@@ -31,6 +31,18 @@ def environment(*packages: str) -> dict[str, Any]:
     }
 
 
+def add_environment(record: dict[str, Any], now: dict[str, Any]) -> None:
+    """Adds what is measured with `now` to the "environments" of a record that grows from one run to the next.
+
+    Args:
+        record: changed in place; one with a single "environment" is turned into a list.
+        now: as of `environment`.
+    """
+    earlier = record.setdefault("environments", [record.pop("environment")] if "environment" in record else [])
+    if now not in earlier:
+        earlier.append(now)
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -32,7 +32,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 import lambda_layer
 from benchmarks import masked_text
 from benchmarks.content_lambda import losses
-from benchmarks.environment import environment
+from benchmarks.environment import add_environment, environment
 from benchmarks.lambda_variants import running_variant
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
@@ -218,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bf16": options.bf16,
     }
     with one_line_errors():
-        record: dict[str, Any] = {**settings, "environment": environment("datasets"), "rows": {}}
+        taken_with = environment("datasets")
+        record: dict[str, Any] = {**settings, "rows": {}}
         if options.output.exists():
             record = json.loads(options.output.read_text(encoding="utf-8"))
             if other := [key for key, value in settings.items() if record.get(key) != value]:
@@ -240,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     with running_variant(name):
                         go_on(model, training, key, bf16=options.bf16)
                     record["rows"][key] = measure(name, model, texts)
+                    add_environment(record, taken_with)
                     print(key, record["rows"][key], flush=True)
                     write_json(options.output, record)
     return 0

@@ -40,7 +40,7 @@ MODEL_FIELDS = Fields(frozenset({"model", "options"}), frozenset({"random"}))
 
 
 def check_recipe(recipe: Recipe, file: Path) -> None:
-    """Raises ValueError if a task is none, or a model is not there."""
+    """Raises ValueError if a task lacks a field or names no example script."""
     for name, task in recipe["tasks"].items():
         TASK_FIELDS.check(task, f"{file}: task {name!r}")
         if task["example"] not in EXAMPLES:

@@ -14,17 +14,20 @@ word's logit with leave-one-out (lambdabert/interpretation/faithfulness.py).
 """
 
 import argparse
-import json
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import torch
 from sentencex import segment
-from transformers import AutoTokenizer
 
 from benchmarks.environment import environment
+from benchmarks.masked_text import load_lambdabert
+from benchmarks.report import write_json
+from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import (
     chance,
     faithfulness,
@@ -35,7 +38,6 @@ from lambdabert.interpretation import (
     trace_lambdas,
 )
 from lambdabert.interpretation.intervals import bootstrap_interval
-from modeling_lambdabert import LambdaBertForMaskedLM
 
 WORDS = range(8, 41)  # in a sentence
 SENTENCES_PER_ARTICLE = 2
@@ -60,8 +62,7 @@ def draw_sentences(file: str, count: int, seed: int) -> list[str]:
 
 
 def measure_faithfulness(args: argparse.Namespace) -> dict:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = LambdaBertForMaskedLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model, tokenizer = load_lambdabert(args.model)
     examples = masked_examples(tokenizer, draw_sentences(args.texts, args.examples, args.seed), seed=args.seed)
     tokens = [example.inputs["input_ids"].shape[1] for example in examples]
     return {
@@ -88,8 +89,7 @@ def draw_stretches(file: str, tokenizer: Any, articles: int, seed: int) -> torch
 
 @torch.no_grad()
 def measure_topics(args: argparse.Namespace) -> dict:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = LambdaBertForMaskedLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model, tokenizer = load_lambdabert(args.model)
     ids = draw_stretches(args.texts, tokenizer, args.articles, args.seed)
     articles, stretches, _ = ids.shape
     topics = [article for article in range(articles) for _ in range(stretches)]
@@ -131,8 +131,11 @@ def _losses(model: Any, masked: torch.Tensor, ids: torch.Tensor, chosen: torch.T
     return torch.stack(losses)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.interpretation", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     commands = parser.add_subparsers(required=True)
     faithful = commands.add_parser("faithfulness", help="attributions against leave-one-out")
     faithful.set_defaults(measure=measure_faithfulness)
@@ -144,12 +147,13 @@ def main() -> None:
         command.add_argument("--model", required=True, help="Folder of a masked language model with its tokenizer.")
         command.add_argument("--texts", required=True, help="Parquet file with a column of articles, text.")
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--output", required=True, help="JSON file for the results.")
-    args = parser.parse_args()
-    arguments = {name: value for name, value in vars(args).items() if name != "measure"}
+        command.add_argument("--output", type=Path, required=True, help="JSON file for the results.")
+    args = parser.parse_args(argv)
+    arguments = {name: value for name, value in vars(args).items() if name not in ("measure", "output")}
     taken_with = environment()  # before the code that runs can change
-    result = {"arguments": arguments, **args.measure(args), "environment": taken_with}
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    with one_line_errors():
+        result = {"arguments": arguments, **args.measure(args), "environment": taken_with}
+    write_json(args.output, result)
     for name, found in result.get("methods", {}).items():
         low, high = found["interval"]
         print(
@@ -159,7 +163,8 @@ def main() -> None:
         print(f"{name:30} nearest of the same article: {found['same article']:.3f}")
     for name, found in result.get("loss of masked tokens, nats", {}).items():
         print(f"{name:30} {found.get('rise', found.get('loss')):+.3f} nats")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Changes of a model that are not settings of the library, for the ablations of `quality.py`."""
+"""Changes of a model that are not settings of the library, for ablations."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

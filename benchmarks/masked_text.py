@@ -1,15 +1,15 @@
-"""Masked language models on masked text of given lengths: what `content_lambda` and `unigram_cache` share."""
+"""Masked language models with their tokenizers, and masked text of given lengths: what several measurements share."""
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.environment import environment
 from benchmarks.report import write_json
+from lambdabert.saved_models import load_with_missing
 from lambdabert.text.arguments import DataArguments
 from lambdabert.text.masks import masking_collator
 from lambdabert.text.preparation import prepare_examples
@@ -27,8 +27,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ValueError: the folder lacks weights of one, which would be drawn at random, or its tokenizer is another's.
     """
-    model, report = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
+    model, missing = load_with_missing(AutoModelForMaskedLM, folder)
+    if missing:
         raise ValueError(
             f"model={folder} is no masked language model: it lacks {missing[0]}; name one with its MLM head."
         )
@@ -38,7 +38,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"model={folder} has vocab_size={model.config.vocab_size}, but its tokenizer has {len(tokenizer)} tokens; "
             "save the one that it was trained with there."
         )
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def load_lambdabert(folder: str | Path) -> tuple[LambdaBertForMaskedLM, PreTrainedTokenizerBase]:

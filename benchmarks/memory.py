@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification, get_linear_schedule_with_warmup, set_seed
 
-from benchmarks.environment import environment
+from benchmarks.environment import add_environment, environment
 from benchmarks.lambda_variants import running_variant
 from benchmarks.peers import bert_config
 from benchmarks.report import markdown_table, spread, write_json
@@ -191,7 +191,9 @@ def train(name: str, task: str, rate: float, seed: int) -> float:
         return accuracy(model, task)
 
 
-def run(record: dict[str, Any], file: Path, name: str, task: str, seeds: Sequence[int]) -> None:
+def run(
+    record: dict[str, Any], file: Path, name: str, task: str, seeds: Sequence[int], taken_with: dict[str, Any]
+) -> None:
     """All runs of a model on a task; `record` and file grow by each."""
     found = record["accuracy"].setdefault(task, {}).setdefault(name, {})
 
@@ -199,6 +201,7 @@ def run(record: dict[str, Any], file: Path, name: str, task: str, seeds: Sequenc
         key = f"{rate:g}, seed {seed}"
         if key not in found:
             found[key] = train(name, task, rate, seed)
+            add_environment(record, taken_with)
             print(f"{task}, {name}, {key}: {found[key]:.3f}", flush=True)
             write_json(file, record)
         return found[key]
@@ -246,10 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {"steps": STEPS, "accuracy": {}, "best": {}}
     if options.output.exists():
         record = json.loads(options.output.read_text(encoding="utf-8"))
-    record["environment"] = environment()
+    taken_with = environment()
     for task in options.tasks:
         for name in options.models:
-            run(record, options.output, name, task, options.seeds)
+            run(record, options.output, name, task, options.seeds, taken_with)
     write_json(options.output, record)
     print(table(record["best"]))
     draw(record["best"], options.output.with_suffix(".png"))

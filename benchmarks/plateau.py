@@ -35,7 +35,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerState
 
-from benchmarks.environment import environment
+from benchmarks.environment import add_environment, environment
 from benchmarks.lambda_variants import running_variant
 from benchmarks.quality import FIELDS, MODEL_FIELDS, check_models, prepare
 from benchmarks.report import write_json
@@ -210,13 +210,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
         recipe = read_recipe(options.recipe, FIELDS, MODEL_FIELDS)
         folder = RunFolder(options.output, recipe)
-        watched = folder.summary.get("models", {})
+        summary = {**folder.summary, "models": folder.summary.get("models", {}), "recipe": recipe}
+        watched = summary["models"]
         names = [name for name in folder.selected(options.models) if name not in watched]
         check_models(recipe, names)
+    taken_with = environment("datasets")
     for name in names:
         print(name, flush=True)
         watched[name] = watch(recipe, name, options.steps, options.every, options.output)
-        summary = {"models": watched, "environment": environment("datasets"), "recipe": recipe}
+        add_environment(summary, taken_with)
         write_json(options.output / "results.json", summary)
     return 0
 

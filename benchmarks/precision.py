@@ -24,6 +24,7 @@ from torch import nn
 
 from benchmarks.correctness import LAYER_TESTS, require_passing_tests
 from benchmarks.environment import environment
+from benchmarks.masked_text import load_lambdabert
 from benchmarks.report import markdown_table, write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.text.arguments import DataArguments
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
         if not (options.model / "config.json").is_file():
             raise ValueError(f"model={options.model} is not a folder of a saved model.")
-        model = LambdaBertForMaskedLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        model, _ = load_lambdabert(options.model)
         batches = list(masked_batches(options.model, options.text, options.batch_size, options.batches))
     require_passing_tests(*LAYER_TESTS)
     results = compare(precisions(model), iter(batches))

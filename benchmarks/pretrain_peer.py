@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from transformers import set_seed
 
 from benchmarks.peers import PEERS
-from lambdabert.training.command import fail, run_command
+from lambdabert.training.command import fail, run_training_command
 from lambdabert.training.run import Documents
 from run_language_modeling import ARGUMENT_GROUPS, Pretraining
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(ValueError(f"architecture={name!r}; the first argument is one of {', '.join(PEERS)}."))
     # the class's name tells the runs of one output folder from another's
     run_class = type(f"PeerPretraining of {name}", (PeerPretraining,), {"architecture": name})
-    return run_command(rest, ARGUMENT_GROUPS, run_class)
+    return run_training_command(rest, ARGUMENT_GROUPS, run_class)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 from transformers import BertModel
 
 from benchmarks.attention_features import bert_rows
-from benchmarks.environment import environment
+from benchmarks.environment import add_environment, environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
 from lambdabert.interpretation import ProbeResult, Task, difference, is_encoded, probe_rows, read_task, task_features
@@ -38,6 +38,7 @@ from lambdabert.interpretation.features import RANDOM_MODELS
 from lambdabert.interpretation.intervals import FEWEST_GROUPS
 from lambdabert.interpretation.loading import LoadedModel
 from lambdabert.interpretation.probes import SPLITS
+from lambdabert.interpretation.tables import read_columns
 from lambdabert.interpretation.tasks import NO_TARGET, equal_dimension, summary
 
 MOST = (600, 150, 400)  # examples of train, dev and test
@@ -64,20 +65,21 @@ def sample_task(file: Path, most: Mapping[str, int], seed: int) -> Task:
 
     Where a single target has no second example, which could share its name with no other, it is left out.
     """
-    header, *lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    columns = header.split("\t")
-    rows = [dict(zip(columns, line.split("\t"))) for line in lines]
+    columns, _ = read_columns(file, f"task={file}")
+    splits = columns.get("split", [])
+    of_rows = columns.get("target", [NO_TARGET] * len(splits))
     kept: list[int] = []
     for split, count in most.items():
-        of_split = [i for i, row in enumerate(rows) if row["split"] == split]
+        of_split = [i for i, other in enumerate(splits) if other == split]
         kept += random.Random(seed).sample(of_split, min(count, len(of_split)))
-    targets = Counter(rows[i]["target"] for i in kept)
-    single = [i for i in kept if targets[rows[i]["target"]] == 1 and NO_TARGET not in targets]
+    targets = Counter(of_rows[i] for i in kept)
+    single = [i for i in kept if targets[of_rows[i]] == 1 and NO_TARGET not in targets]
     if len(single) == 1:
         kept.remove(single[0])
     with tempfile.TemporaryDirectory() as folder:
         sampled = Path(folder) / file.name
-        sampled.write_text("\n".join([header, *(lines[i] for i in kept)]) + "\n", encoding="utf-8")
+        rows = [[column, *(values[i] for i in kept)] for column, values in columns.items()]
+        sampled.write_text("\n".join("\t".join(row) for row in zip(*rows)) + "\n", encoding="utf-8")
         return read_task(sampled)
 
 
@@ -227,10 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output.exists():
         with one_line_errors():
             record = recorded(options.output, arguments)
-    record["environment"] = environment("scikit-learn")
+    taken_with = environment("scikit-learn")
     for name, task in sampled.items():
         if name not in record["tasks"]:
             record["tasks"][name] = measure(task, loaded, bert)
+            add_environment(record, taken_with)
             write_json(options.output, record)
             show({name: record["tasks"][name]})
     draw(record["tasks"], options.output.with_suffix(".png"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import write_json
+from lambdabert.command_line import error_line
 
 Recipe = dict[str, Any]
 Run = dict[str, Any]
@@ -34,7 +35,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+        raise SystemExit(error_line(error)) from None
 
 
 @dataclass(frozen=True)

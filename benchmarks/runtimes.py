@@ -33,10 +33,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.calls import mixed_lengths, random_tokens
+from benchmarks.calls import mixed_batch, random_tokens
 from benchmarks.correctness import EXPORT_TESTS, LAYER_TESTS, require_passing_tests
 from benchmarks.encoders import ROWS
 from benchmarks.environment import environment
@@ -46,7 +47,7 @@ from lambdabert.deployment.checks import TOLERANCES, onnx_call
 from lambdabert.deployment.loading import INPUTS, LoadedProgram, ModelProgram
 from lambdabert.deployment.programs import quantise, silence, write_onnx
 
-MODELS = ("lambda-local", "lambda-global", "bert")
+MODELS = ("lambda-local", "lambda-global", "lambda-repetitions", "bert")
 RUNTIMES = ("torch", "compiled", "onnx")
 PRECISIONS = ("float32", "int8")
 SHAPES = ("1x32", "1x128", "1x512", "32x128", "8x512", "2x2048", "1x4096", "mixed")
@@ -65,23 +66,26 @@ def build(model: str, layers: int) -> nn.Module:
     return ROWS[model].build(layers, LONGEST, False).eval()
 
 
-def export_bert(model: nn.Module, file: Path) -> None:
+def export_bert(loaded: LoadedProgram, file: Path) -> None:
     """Writes BERT as an ONNX file for every batch and length."""
     example = make_inputs("2x16")
     example["attention_mask"][0, 9:] = 0
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=LONGEST)}
     with silence(), torch.no_grad():
-        program = torch.export.export(ModelProgram(model), (), example, dynamic_shapes={name: axes for name in INPUTS})
+        program = torch.export.export(loaded.program, (), example, dynamic_shapes={name: axes for name in INPUTS})
         torch.onnx.export(
             program, (), file, kwargs=example, opset_version=ATTENTION_OPSET, external_data=False, verbose=False
         )
 
 
-def export(name: str, model: nn.Module, file: Path) -> None:
-    if name == "bert":
-        export_bert(model, file)
-    else:
-        write_onnx(LoadedProgram(ModelProgram(model), model.config, tokenizer=None, takes_choices=False), file)
+def export(name: str, model: nn.Module, precisions: Sequence[str], work: Path) -> dict[str, Path]:
+    """Writes a model as ONNX files; returns them by precision."""
+    loaded = LoadedProgram(ModelProgram(model), model.config, tokenizer=None, takes_choices=False)
+    files = {precision: work / f"{name}_{precision}.onnx" for precision in PRECISIONS}
+    (export_bert if name == "bert" else write_onnx)(loaded, files["float32"])
+    if "int8" in precisions:
+        quantise(files["float32"], files["int8"], loaded)
+    return {precision: files[precision] for precision in precisions}
 
 
 def calls_of(name: str, layers: int, runtimes: Sequence[str], precisions: Sequence[str], work: Path) -> dict[str, Call]:
@@ -98,12 +102,7 @@ def calls_of(name: str, layers: int, runtimes: Sequence[str], precisions: Sequen
         if "compiled" in runtimes:
             calls[f"compiled {precision}"] = inference(torch.compile(in_torch[precision], dynamic=False))
     if "onnx" in runtimes:
-        exact = work / f"{name}.onnx"
-        export(name, model, exact)
-        for precision in precisions:
-            file = exact if precision == "float32" else work / f"{name}_{precision}.onnx"
-            if file != exact:
-                quantise(exact, file)
+        for precision, file in export(name, model, precisions, work).items():
             calls[f"onnx {precision}"] = onnx_call(file)
             check(f"{name} onnx {precision}", calls[f"onnx {precision}"], model, TOLERANCES[precision])
     return calls
@@ -142,13 +141,11 @@ def make_inputs(shape: str) -> Inputs:
     """The inputs of a shape; see the module.
 
     Raises:
-        ValueError: it is none.
+        ValueError: there is no such shape.
     """
     torch.manual_seed(0)
     if shape == "mixed":
-        lengths = mixed_lengths(MIXED_LONGEST)
-        mask = (torch.arange(MIXED_LONGEST) < lengths[:, None]).long()
-        ids = random_tokens(*mask.shape) * mask
+        ids, mask = mixed_batch(MIXED_LONGEST)
     else:
         sizes = shape.split("x")
         if len(sizes) != 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes) or int(sizes[1]) > LONGEST:
@@ -192,9 +189,9 @@ def add_ratios(results: list[Result]) -> None:
                 result[name] = bert[(*place, precision)] / result["seconds"]
 
 
-def percentile(taken: Sequence[float], share: float) -> float:
-    """The smallest time that `share` of all do not exceed."""
-    return sorted(taken)[max(0, -int(-share * len(taken) // 1) - 1)]
+def longest_of_most(taken: Sequence[float]) -> float:
+    """The 95th percentile: the smallest time that 95 % of all do not exceed."""
+    return float(np.quantile(taken, 0.95, method="inverted_cdf"))
 
 
 def table(results: Sequence[Result]) -> str:
@@ -204,7 +201,7 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         cell = f"{1e3 * result['seconds']:.0f}"
         if is_single(result["shape"]):
-            cell += f", {1e3 * percentile(result['all_seconds'], 0.95):.0f}"
+            cell += f", {1e3 * longest_of_most(result['all_seconds']):.0f}"
         if result["model"] != "bert" and "speed_over_bert" in result:
             cell += f" ({result['speed_over_bert']:.2f})"
         rows.setdefault((result["runtime"], result["precision"], result["model"]), {})[result["shape"]] = cell

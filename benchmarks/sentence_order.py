@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from benchmarks.environment import environment
 from benchmarks.report import write_json
 from benchmarks.runs import one_line_errors
+from lambdabert.saved_models import load_with_missing
 from lambdabert.text.arguments import DataArguments
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
@@ -135,11 +136,11 @@ def errors(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], probabilit
 
 def load(folder: Path) -> LambdaBertForPreTrainingSOP:
     """The model in float32 and evaluation mode. Raises a `ValueError` where its sentence head would be drawn anew."""
-    loaded: Any = LambdaBertForPreTrainingSOP.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
+    model: Any
+    model, missing = load_with_missing(LambdaBertForPreTrainingSOP, folder)
+    if missing:
         raise ValueError(f"model={folder} lacks {missing[0]}; name a LambdaBERT that was trained with --sop.")
-    return model.eval()
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What the fine-tuning examples share: options, data from files or the hub, and mistakes told in one line."""
+"""What the fine-tuning examples share: options, data from files or the hub, and mistakes reported in one line."""
 
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import modeling_lambdabert  # noqa: F401  makes the model type known to transformers
+from lambdabert.command_line import error_line
 
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLITS = ("train", "validation", "test")
@@ -149,10 +150,10 @@ def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable
 
 
 def run(work: Callable[[list[str] | None], Metrics]) -> int:
-    """Runs an example on the command's flags; returns its exit status. A mistake is told in one line on stderr."""
+    """Runs an example on the command's flags; returns its exit status. A mistake is reported in one line on stderr."""
     try:
         work(None)
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0

@@ -24,7 +24,7 @@ class TextOptions(Options):
 
 
 def read_texts(options: TextOptions) -> DatasetDict:
-    """The splits. Raises ValueError if the texts are none."""
+    """The splits. Raises ValueError if the column does not hold text."""
     splits = read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
     kind = splits["train"].features[options.text_column].dtype
     if kind not in ("string", "large_string"):
@@ -68,7 +68,7 @@ def labelled(splits: DatasetDict, column: str) -> DatasetDict:
             raise ValueError(f"label_column={column}: {count} rows of the {split} data have no label; leave them out.")
     kept = DatasetDict({split: rows for split, rows in splits.items() if not without[split]})
     if left_out := ", ".join(splits.keys() - kept.keys()):
-        print(f"Left out, for it has no labels: {left_out}.")
+        print(f"Left out the {left_out} data, which has no labels.")
     if "train" not in kept or len(kept) < 2:
         raise ValueError(f"label_column={column}: the {left_out} data has no labels; give data that has.")
     return kept

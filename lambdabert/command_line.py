@@ -3,21 +3,29 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake as a `ValueError`, and prints no usage."""
+    """Takes no abbreviated options, reports a mistake as a `ValueError`, and prints no usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; {self.prog} --help lists what there is.")
+        raise ValueError(f"{message}; {self.prog} --help lists all options.")
+
+
+def error_line(error: Exception) -> str:
+    """What a command says of an error, in one line."""
+    return f"error: {' '.join(str(error).split())}"
 
 
 def run_command(parser: Parser, argv: Sequence[str] | None, run: Callable[[argparse.Namespace], None]) -> int:
-    """Runs a command; what a user can mend is told in one line on stderr.
+    """Runs a command; what a user can fix is reported in one line on stderr.
 
     Args:
         parser: of its arguments.
@@ -32,6 +40,6 @@ def run_command(parser: Parser, argv: Sequence[str] | None, run: Callable[[argpa
     try:
         run(parser.parse_args(argv))
     except (ValueError, ImportError, OSError, StrictDataclassError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0

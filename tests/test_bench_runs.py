@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 from benchmarks import conversion, correctness, quality
-from benchmarks.environment import ROOT
+from benchmarks.environment import ROOT, add_environment
 from benchmarks.report import markdown_table, spread
 from benchmarks.runs import Fields, RunFolder, digest, read_recipe
 
@@ -204,6 +204,13 @@ def test_finished_run_is_not_run_again_unless_it_lacks_something(tmp_path):
 def test_digest_depends_on_every_value():
     assert len({digest({"a": 1}, 2), digest({"a": 2}, 2), digest({"a": 1}, 3), digest({"a": 1}, 2, 2)}) == 4
     assert digest({"a": 1}, 2) == digest({"a": 1}, 2)
+
+
+def test_a_record_that_grows_keeps_the_environments_of_its_first_numbers():
+    record = {"environment": {"commit": "a"}, "rows": {}}
+    for commit in "bbc":
+        add_environment(record, {"commit": commit})
+    assert record == {"environments": [{"commit": "a"}, {"commit": "b"}, {"commit": "c"}], "rows": {}}
 
 
 def test_tables_show_the_spread_of_several_seeds():

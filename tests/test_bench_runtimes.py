@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 from benchmarks import deployed_accuracy, runtimes
+from benchmarks.encoders import MASK, VOCABULARY
 from benchmarks.environment import ROOT
+from configuration_lambdabert import LambdaBertConfig
+from modeling_lambdabert import LambdaBertModel
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -34,9 +39,28 @@ def test_ratios_are_to_bert_of_the_same_runtime_and_shape():
     assert lines[4] == "| onnx | float32 | bert | 20, 60 |  |"
 
 
-@pytest.mark.parametrize("count,share,place", [(20, 0.95, 18), (25, 0.95, 23), (3, 0.95, 2), (1, 0.95, 0), (4, 0.5, 1)])
-def test_percentile_is_the_smallest_time_that_the_share_does_not_exceed(count, share, place):
-    assert runtimes.percentile([*reversed(range(count))], share) == place
+@pytest.mark.parametrize("count,place", [(20, 18), (25, 23), (3, 2), (1, 0)])
+def test_the_longest_of_most_is_the_smallest_time_that_95_percent_do_not_exceed(count, place):
+    assert runtimes.longest_of_most([*reversed(range(count))]) == place
+
+
+@pytest.mark.parametrize("name", ["lambda-repetitions", "bert"])
+def test_exported_rows_are_built_checked_and_run(name, tmp_path, monkeypatch):
+    def build(model, layers):
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers)
+        if model == "bert":
+            return BertModel(
+                BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=runtimes.LONGEST)
+            ).eval()
+        repetitions = dict(local_context_size=5, repetition_context_size=3, mask_token_id=MASK)
+        return LambdaBertModel(LambdaBertConfig(**sizes, num_lambda_queries=4, **repetitions)).eval()
+
+    monkeypatch.setattr(runtimes, "build", build)
+    calls = runtimes.calls_of(name, 1, ["onnx"], runtimes.PRECISIONS, tmp_path)
+    assert [*calls] == ["onnx float32", "onnx int8"]
+    measured = runtimes.measure({(name, row): call for row, call in calls.items()}, "2x7", repeats=1)
+    assert [(row["runtime"], row["precision"]) for row in measured] == [tuple(row.split()) for row in calls]
 
 
 def test_shapes():

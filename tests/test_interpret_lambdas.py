@@ -26,6 +26,7 @@ from lambdabert.interpretation import (
     topic_features,
     trace_lambdas,
 )
+from lambdabert.interpretation.loading import read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = [
@@ -277,6 +278,20 @@ class TestTasks:
         (tmp_path / "a.tsv").write_text("\ufeff" + (tmp_path / "a.tsv").read_text(encoding="utf-8"), encoding="utf-8")
         assert read_task(tmp_path / "a.tsv") == plain
 
+    def test_blank_lines_are_left_out_and_counted(self, tmp_path):
+        lines = ["split\tlabel\ttext", "", "train\t0\tthe fox", "", 'train\t1\tthe "dog']
+        (tmp_path / "a.tsv").write_text("\n".join(lines) + "\n\n")
+        assert read_task(tmp_path / "a.tsv").texts == ["the fox", 'the "dog']
+        for name, row, message in (("b", "train\t1", "has 2 columns"), ("c", "tran\t1\tx", ": split='tran'")):
+            (tmp_path / f"{name}.tsv").write_text("\n".join([*lines, row]))
+            with pytest.raises(
+                ValueError, match=f"{name}.tsv, line 6{message if message[0] == ':' else ' ' + message}"
+            ):
+                read_task(tmp_path / f"{name}.tsv")
+        (tmp_path / "d.tsv").write_text("\n".join([*lines, "train\t1"]))
+        with pytest.raises(ValueError, match="^file=.*d.tsv, line 6 has 2 columns, the header 3"):
+            read_texts(tmp_path / "d.tsv")
+
     def test_rare_targets_share_names_by_twos(self, tmp_path):
         targets = ["fox", "dog", "fox", "bird", "tree", "day", "night"]
         write_task(tmp_path / "a.tsv", [("train", str(i % 2), "the fox", name) for i, name in enumerate(targets)])
@@ -307,7 +322,7 @@ class TestRefusals:
         [
             (("explain", "the fox sees"), r"text holds 0 \[MASK\].*exactly one"),
             (("explain", "the [MASK] [MASK]"), r"text holds 2 \[MASK\]"),
-            (("explain", "the [MASK]", "--target", "foxes and dogs"), "target=foxes and dogs is no token"),
+            (("explain", "the [MASK]", "--target", "foxes and dogs"), "target=foxes and dogs is not a single token"),
             (("explain", "one", "two"), "text: 2 given, and explain takes one"),
             (("map", "one", "two", "--output", "b.html"), "text: 2 given, and map takes one"),
             (("map", "--output", "b.html"), "text: 0 given"),
@@ -434,7 +449,7 @@ class TestRefusals:
         modeling_lambdabert.LambdaBertForMultipleChoice(encoder.config).save_pretrained(tmp_path / "choices")
         tokenizer.save_pretrained(tmp_path / "choices")
         status, _, errors = interpret(*command, kind=tmp_path / "choices")
-        assert status == 1 and re.match("error: .*chooses among texts", errors.splitlines()[-1]), errors
+        assert status == 1 and re.match("error: .*is a multiple-choice model", errors.splitlines()[-1]), errors
 
     def test_a_pooler_may_be_missing_where_nothing_is_read_from_it(self, interpret, folders, tmp_path):
         for kind, prefix in (("ForSequenceClassification", "bert.pooler."), ("Model", "pooler.")):

@@ -96,7 +96,7 @@ def export_model(model: str | Path, output: str | Path, format: str = "onnx", qu
 
 
 def check_request(format: str, quantize: str | None) -> None:
-    """Refuses a format or quantisation that there is not, and packages that are missing.
+    """Refuses a format or quantisation that does not exist, and packages that are missing.
 
     Raises:
         ValueError: which, and what to do.

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from lambdabert.saved_models import load_as_saved, sentence_module_paths
-from modeling_lambdabert import LambdaBertForMultipleChoice
+from lambdabert.saved_models import load_as_saved, load_with_missing, sentence_module_paths
+from modeling_lambdabert import LambdaBertForMultipleChoice, LambdaBertModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -81,7 +81,7 @@ def load_program(folder: Path) -> LoadedProgram:
     modules = sentence_module_paths(folder)
     check_kind(folder / modules[0] if modules else folder)
     try:
-        loaded = load_sentence_transformer(folder) if modules else load_model(folder)
+        loaded = load_sentence_program(folder) if modules else load_model(folder)
     except ValueError:
         raise
     except Exception as error:  # a broken file raises whatever its reader stumbles over
@@ -119,21 +119,21 @@ def load_model(folder: Path) -> LoadedProgram:
     """Loads a model as the class that it was saved as. Raises ValueError if weights are missing."""
     model = load_as_saved(folder)
     takes_choices = isinstance(model, LambdaBertForMultipleChoice)
-    return LoadedProgram(ModelProgram(model), model.config, load_tokenizer(folder), takes_choices)
+    return LoadedProgram(ModelProgram(model), model.config, tokenizer_in(folder), takes_choices)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def tokenizer_in(folder: Path) -> Any:
     """The tokenizer in a folder; None where there are no files of one."""
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.txt").exists():
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def load_sentence_transformer(folder: Path) -> LoadedProgram:
+def load_sentence_program(folder: Path) -> LoadedProgram:
     """Loads a sentence-transformers model whose transformer is a LambdaBERT.
 
     Raises:
-        ValueError: the package is missing, or a prompt is pooled in a way that one program cannot follow.
+        ValueError: the package or weights are missing, or a prompt is pooled in a way that one program cannot follow.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -142,14 +142,19 @@ def load_sentence_transformer(folder: Path) -> LoadedProgram:
             f"model={folder} is a sentence-transformers model: pip install sentence-transformers"
         ) from None
     sentences = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
-    transformer: Any
-    transformer, *modules = sentences
+    modules = list(sentences)[1:]
     if any(not getattr(module, "include_prompt", True) for module in modules) and any(sentences.prompts.values()):
         raise ValueError(
             f"model={folder} leaves the tokens of its prompts out of the mean (include_prompt=false), and an exported "
             "program does not know which they are; remove the prompts, or use it in PyTorch."
         )
-    model = transformer.auto_model
+    # sentence-transformers does not say which weights it made up
+    model: Any
+    model, missing = load_with_missing(LambdaBertModel, folder / sentence_module_paths(folder)[0])
+    if missing:
+        raise ValueError(
+            f"model={folder} has no weights for {', '.join(missing[:3])}, which would be random; save the model again."
+        )
     model.pooler = None
     tokenizer = sentences.tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, sentences.max_seq_length or tokenizer.model_max_length)

@@ -158,7 +158,8 @@ def guard_length(proto: Any, limit: int) -> None:
 def quantise(source: Path, file: Path, loaded: LoadedProgram) -> None:
     """Writes an ONNX file with the weights of its linear layers in int8, one scale for each output channel.
 
-    Activations are quantised as they come. What is made of E and T stays in float32, as all but linear layers do.
+    Activations are quantised as they come. All else stays in float32: what is made of E and T, and a pooler or head on
+    sequences, [B, D], whose product is another operator (Gemm) and costs nothing beside the layers.
 
     Args:
         source: the file in float32.

@@ -90,7 +90,7 @@ def load_sentence_transformer(name: str) -> Any:
     subfolder = sentence_module_paths(Path(str(cached_file(name, SENTENCE_MODULES))).parent)[0]
     if load_complete_bert(name, type(transformer), subfolder).pooler is None:
         transformer.pooler = None
-    note_precision(f"teacher={name}", BertConfig.get_config_dict(name)[0])
+    note_precision(f"teacher={name}", BertConfig.get_config_dict(name, subfolder=subfolder)[0])
     return model
 
 

@@ -1,7 +1,7 @@
-"""The losses of distillation, each a sum over the examples of a batch.
+"""The losses of distillation, summed for each example.
 
-Each is a sum over the tokens, examples or masked tokens of a batch, divided by their number in the whole step, so that
-neither padding nor gradient accumulation changes it:
+The Trainer divides each by the number of tokens, examples or masked tokens in the whole step, so that neither padding
+nor gradient accumulation changes it:
 
     layers           every layer's hidden state: squared error over the variance that the teacher's norm gives it
     last_layer       the last layer's alone

@@ -4,6 +4,7 @@ Shapes: B examples, N tokens.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class DistillationTrainer(InterruptibleTrainer):
         first = steps_of_first_stage(self.attention_steps, num_training_steps)
         if first == 0 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        super().create_scheduler(num_training_steps, optimizer)  # of which a Trainer keeps account
+        super().create_scheduler(num_training_steps, optimizer)  # for what the Trainer records of it
         steps = first, num_training_steps - first
         ratio = self.attention_learning_rate / self.args.learning_rate
         self.lr_scheduler = two_schedules(self.args, optimizer or self.create_optimizer(), steps, ratio)
@@ -109,9 +110,8 @@ class DistillationTrainer(InterruptibleTrainer):
     ) -> Any:
         """Outputs of teacher or student; an MLM head's only where `masked`, bool [B, N]."""
         given = {name: value for name, value in inputs.items() if name != "labels"}
-        if "masked_tokens" not in self.weights:
-            return model(**given, output_hidden_states=True, return_dict=True)
-        with logits_of(self.accelerator.unwrap_model(model), masked):
+        reads_tokens = "masked_tokens" in self.weights
+        with logits_of(self.accelerator.unwrap_model(model), masked) if reads_tokens else nullcontext():
             return model(**given, output_hidden_states=True, return_dict=True)
 
     def weighted(

@@ -1,8 +1,8 @@
 """Whether contributions say what the model does when tokens are taken away.
 
-Taken away means replaced by [MASK]. Leave-one-out is the fall of the logit when one token is. A method of attribution
-is faithful as far as it ranks the tokens of a text likewise, and as far as the logit falls when its highest are taken
-away.
+Taken away means replaced by [MASK]. Leave-one-out is the fall of the logit when one token is taken away. A method of
+attribution is faithful as far as it ranks the tokens of a text likewise, and as far as the logit falls when its highest
+are taken away.
 """
 
 import math

@@ -74,16 +74,7 @@ def _content_lambda(replacement: torch.Tensor | str, own: torch.Tensor, index: i
     """The replacement [B, K, V] of a layer's own content lambda [B, K, V]."""
     if isinstance(replacement, torch.Tensor):
         content = replacement.to(own)
-        if (
-            content.shape[-2:] != own.shape[-2:]
-            or content.dim() not in (2, 3)
-            or content.shape[:-2]
-            not in (
-                (),
-                (1,),
-                own.shape[:1],
-            )
-        ):
+        if content.shape[-2:] != own.shape[-2:] or content.shape[:-2] not in ((), (1,), own.shape[:1]):
             raise ValueError(
                 f"replacements[{index}] has shape {tuple(content.shape)}, but the content lambda of layer {index} is "
                 f"{list(own.shape)}: give that shape, or {list(own.shape[1:])} for all rows."

@@ -13,6 +13,7 @@ from lambdabert.saved_models import load_as_saved
 
 from .explanations import explain_prediction, integrated_gradients
 from .page import ExplainedPrediction
+from .tables import read_columns
 from .traces import LambdaTrace
 
 BATCH = 32
@@ -64,7 +65,7 @@ class LoadedModel:
         self.model: Any = load_as_saved(name)
         if isinstance(self.model, modeling_lambdabert.LambdaBertForMultipleChoice):
             raise ValueError(
-                f"model={name} chooses among texts, and one text is looked into; load its encoder by "
+                f"model={name} is a multiple-choice model, and only single texts can be examined; load its encoder by "
                 "LambdaBertModel.from_pretrained, save that with the tokenizer, and give its folder."
             )
         try:
@@ -269,7 +270,10 @@ class LoadedModel:
             token = self.tokenizer.get_vocab().get(target)
             if token is None:
                 pieces = ", ".join(self.tokenizer.tokenize(target))
-                raise ValueError(f"target={target} is no token of the model, which has the pieces {pieces}; give one.")
+                raise ValueError(
+                    f"target={target} is not a single token of the model, which splits it into {pieces}; "
+                    "give one of these."
+                )
             return token
         if target not in (classes := self._classes()):
             raise ValueError(f"target={target} is no class of the model; give one of {', '.join(classes)}.")
@@ -283,37 +287,18 @@ def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
         ValueError: a file that cannot be read as that, or without a text.
     """
     file = Path(file)
+    if file.suffix == ".tsv":
+        columns, lines = read_columns(file, f"file={file}")
+        if "text" not in columns or not lines:
+            raise ValueError(
+                f"file={file} has the columns {list(columns)} and {len(lines)} rows; name a column text in the first "
+                "line, and topic where known, separated by tabs."
+            )
+        return columns["text"], columns.get("topic")
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        texts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"file={file} cannot be read as text ({error}); name a file with one text a line.") from None
-    if file.suffix != ".tsv":
-        if not lines:
-            raise ValueError(f"file={file} holds no text; put one on each line.")
-        return [line.strip() for line in lines], None
-    table = [line.rstrip("\r").split("\t") for line in lines]
-    header = table[0] if table else []
-    if "text" not in header or len(table) < 2:
-        raise ValueError(
-            f"file={file} has the columns {header} and {max(0, len(table) - 1)} rows; name a column text in the first "
-            "line, and topic where known, separated by tabs."
-        )
-    columns = columns_of(table, f"file={file}")
-    return columns["text"], columns.get("topic")
-
-
-def columns_of(table: list[list[str]], name: str) -> dict[str, list[str]]:
-    """The columns of a table whose first row is their names.
-
-    Args:
-        table: its rows.
-        name: how messages call it.
-
-    Raises:
-        ValueError: a row has more or fewer columns than the first.
-    """
-    header = table[0]
-    for number, row in enumerate(table[1:], 2):
-        if len(row) != len(header):
-            raise ValueError(f"{name}, line {number} has {len(row)} columns, the header {len(header)}; mend it.")
-    return {column: [row[i] for row in table[1:]] for i, column in enumerate(header)}
+    if not texts:
+        raise ValueError(f"file={file} holds no text; put one on each line.")
+    return texts, None

@@ -28,7 +28,7 @@ PARTS_OF_LAYER = ("content", "position", "repetition", "queries", "residual")
 
 @dataclass
 class ExplainedPrediction:
-    """A prediction and what it is owed to.
+    """A prediction and what it is due to.
 
     Attributes:
         of: in words, a sentence: what is predicted where.
@@ -176,7 +176,7 @@ def pack(tensor: torch.Tensor) -> dict[str, Any]:
     """
     numbers = tensor.detach().cpu().double()
     if not numbers.isfinite().all():
-        raise ValueError("trace holds numbers that are not finite, and nothing can be drawn of them; mend the model.")
+        raise ValueError("trace holds numbers that are not finite, and nothing can be drawn of them; fix the model.")
     scale = max(numbers.abs().max().item() / STEPS, 1e-30)
     whole = (numbers / scale).round().numpy().astype("<i2")
     return {"shape": list(whole.shape), "scale": scale, "data": base64.b64encode(whole.tobytes()).decode()}

@@ -103,11 +103,11 @@ class Prediction:
         inputs = {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in self.inputs.items()}
         inputs["input_ids"] = input_ids.flatten(0, 1)
         outputs = self.model(**inputs, output_hidden_states=True, return_dict=True)
-        return torch.stack([self._select(outputs, slice(i * len(self.input_ids), None)) for i in range(copies)])
+        return torch.stack([self._select(outputs, i * len(self.input_ids)) for i in range(copies)])
 
-    def _select(self, outputs: Any, rows: slice) -> torch.Tensor:
-        """[B] logits of the batch that starts at the slice."""
-        here = slice(rows.start, rows.start + len(self.input_ids))
+    def _select(self, outputs: Any, start: int) -> torch.Tensor:
+        """[B] logits of the copy of the batch that starts at a row."""
+        here = slice(start, start + len(self.input_ids))
         logits, choices, token = self._logits(outputs, here)
         tokens = torch.as_tensor(token, device=logits.device).expand(len(logits))
         if tokens.min() < 0 or tokens.max() >= choices:

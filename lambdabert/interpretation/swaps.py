@@ -45,7 +45,7 @@ def swap_effects(
         model: a LambdaBERT of any class, in evaluation mode.
         inputs: of the text, one row.
         other: of the other text, one row; its lambdas are those of the model unchanged.
-        places: whose likeliest token is told.
+        places: whose likeliest token is reported.
 
     Raises:
         ValueError: as in `trace_lambdas`; several rows.

@@ -1,6 +1,5 @@
 """Probing tasks in files, and every row of comparison for one."""
 
-import csv
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from .features import feature_rows
-from .loading import LoadedModel, columns_of
+from .loading import LoadedModel
 from .probes import SPLITS, ProbeResult, is_encoded, probe
+from .tables import read_columns
 
 COLUMNS = ("split", "label", "text")
 NO_TARGET = "_"
@@ -43,19 +43,13 @@ def read_task(file: str | Path) -> Task:
         ValueError: another shape; an unknown split; an empty file.
     """
     file = Path(file)
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"task={file} cannot be read as text ({error}); name a tab-separated file.") from None
-    header = rows[0] if rows else []
-    if missing := [name for name in COLUMNS if name not in header]:
+    columns, lines = read_columns(file, f"task={file}")
+    if missing := [name for name in COLUMNS if name not in columns]:
         raise ValueError(
             f"task={file} lacks the column {missing[0]}: its first line must name split, label, text and, where known, "
             "target, separated by tabs."
         )
-    columns = columns_of(rows, f"task={file}")
-    for number, split in enumerate(columns["split"], 2):
+    for number, split in zip(lines, columns["split"], strict=True):
         if split not in SPLITS:
             raise ValueError(f"task={file}, line {number}: split={split!r} is unknown; give {', '.join(SPLITS)}.")
     if not columns["text"]:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .features import mean_of_tokens
 from .intervals import bootstrap_interval
-from .models import model_inputs
 from .traces import trace_lambdas
 
 
@@ -46,13 +47,12 @@ def topic_features(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]])
     encoder: Any = model.base_model
     rows: dict[str, list[torch.Tensor]] = {}
     for inputs in batches:
-        trace = trace_lambdas(encoder, model_inputs(encoder, inputs))
-        mask = trace.token_mask[..., None]
+        trace = trace_lambdas(encoder, inputs)
         contents = [layer.content.flatten(1) for layer in trace.layers]
         found = {f"content lambda {i}": content for i, content in enumerate(contents)}
-        found["content lambda, all layers"] = torch.cat([_unit(content) for content in contents], 1)
+        found["content lambda, all layers"] = torch.cat([F.normalize(content, dim=-1) for content in contents], 1)
         for i, states in enumerate(trace.outputs.hidden_states[1:]):
-            found[f"mean hidden state {i}"] = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+            found[f"mean hidden state {i}"] = mean_of_tokens(states, trace.token_mask)
         for name, features in found.items():
             rows.setdefault(name, []).append(features.float().cpu())
     return {name: torch.cat(found) for name, found in rows.items()}
@@ -82,7 +82,7 @@ def neighbours(
             raise ValueError(f"count={count}: each of {texts} texts has {texts - 1} neighbours; give 1 to that.")
         if topics is not None and len(topics) != texts:
             raise ValueError(f"topics has {len(topics)} entries for {texts} texts; give one for each.")
-        directions = _unit(rows.double() - rows.double().mean(0))
+        directions = F.normalize(rows.double() - rows.double().mean(0), dim=-1)
         cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
         nearest = cosines.topk(count)
         row = Neighbours(name, nearest.indices, nearest.values)
@@ -97,7 +97,3 @@ def neighbours(
 def chance(topics: Sequence[Any]) -> float:
     """The part of texts that would have a neighbour of their topic if neighbours were drawn at random."""
     return sum(topics.count(topic) - 1 for topic in topics) / (len(topics) * (len(topics) - 1))
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-30)

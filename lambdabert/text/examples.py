@@ -89,7 +89,7 @@ class DocumentTokenizer:
         )
 
     def __call__(self, documents: dict[str, list[str | None]]) -> pa.Table:
-        """Args: documents: {"text": [...]}. Returns: one row for each, empty where there is no text."""
+        """One row for each of documents {"text": [...]}, empty where there is no text."""
         document_sentences = [split_sentences(text or "", self.language) for text in documents["text"]]
         ids, lengths = self.encode(itertools.chain.from_iterable(document_sentences))
         document_of_sentence = np.repeat(np.arange(len(document_sentences)), list(map(len, document_sentences)))

@@ -40,7 +40,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
     def torch_mask_tokens(
         self, inputs: torch.Tensor, special_tokens_mask: Any | None = None, offset_mapping: Any | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: inputs: Padded ids [B, N]. Returns: masked ids and labels, both [B, N]."""
+        """Masked ids and labels, both [B, N], of padded ids `inputs` [B, N]."""
         labels = torch.full_like(inputs, IGNORED_LABEL)
         for row, row_labels in zip(inputs, labels, strict=True):
             real = row != self.tokenizer.pad_token_id

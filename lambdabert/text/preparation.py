@@ -292,7 +292,8 @@ def _unknown_share(input_ids: pa.ChunkedArray, build: ExampleBuilder) -> float:
 
 
 def _single_sentence_share(lengths: np.ndarray, sentences: np.ndarray, build: ExampleBuilder) -> float | None:
-    """Args: lengths, sentences: Tokens and sentences of each document [documents]."""
+    """The share of documents with one sentence, from the tokens and the sentences of each, [documents]; None without
+    pairs."""
     if not build.objective.has_pairs:
         return None
     return float(np.mean(sentences[lengths > 1] == 1)) if (lengths > 1).any() else 0.0

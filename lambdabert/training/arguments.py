@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, SchedulerType, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from lambdabert.training.option_rules import (
     DEFAULT_OUTPUT_DIR,
@@ -16,6 +16,7 @@ from lambdabert.training.option_rules import (
     take_as_given,
 )
 from lambdabert.training.recipes import Option, read_recipe
+from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 
 
 @dataclass
@@ -64,7 +65,7 @@ class RunArguments(TrainingArguments):
             self.greater_is_better = self.metric_for_best_model.endswith("accuracy")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         super().__post_init__()
-        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        if self.lr_scheduler_type in SCHEDULES_BY_EVALUATION:
             mode = "max" if self.greater_is_better else "min"
             given: Any = self.lr_scheduler_kwargs or {}
             self.lr_scheduler_kwargs = {"mode": mode, **given}
@@ -99,7 +100,7 @@ def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]
 
     Args:
         argv: what the command was given.
-        groups: the dataclasses of its options, `RunArguments` among them.
+        groups: the dataclasses of its options; if it trains, `RunArguments` among them.
 
     Returns:
         One instance of each group.

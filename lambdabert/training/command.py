@@ -9,6 +9,7 @@ import datasets
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
+from lambdabert.command_line import error_line
 from lambdabert.text.files import UnreadableTextError
 from lambdabert.training.arguments import RunArguments, parse_arguments
 from lambdabert.training.checkpoints import CheckpointError
@@ -27,8 +28,8 @@ def set_up_logging(training_args: RunArguments) -> None:
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
 
 
-def run_command(argv: list[str], groups: tuple[Any, ...], run_class: type[TrainingRun]) -> int:
-    """Runs a command.
+def run_training_command(argv: list[str], groups: tuple[Any, ...], run_class: type[TrainingRun]) -> int:
+    """Runs a command that trains.
 
     Args:
         argv: its arguments.
@@ -70,9 +71,9 @@ def fail(error: Exception, *, unexpected: bool = False) -> int:
         The exit status.
     """
     logger.debug("", exc_info=error)
-    text = " ".join(str(error).split())
     if unexpected:
-        print(f"error: {type(error).__name__}: {text} (--log_level debug shows where)", file=sys.stderr)
+        named = RuntimeError(f"{type(error).__name__}: {error} (--log_level debug shows where)")
+        print(error_line(named), file=sys.stderr)
     elif os.environ.get("RANK", "0") == "0":
-        print(f"error: {text}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
     return 1

@@ -157,7 +157,7 @@ def check_masked_sentence(sentence: str | None, mask_token: str) -> None:
         )
 
 
-def check_length(sentence: str | None, tokenizer: PreTrainedTokenizerBase, config: LambdaBertConfig) -> None:
+def check_sentence_length(sentence: str | None, tokenizer: PreTrainedTokenizerBase, config: LambdaBertConfig) -> None:
     """Raises ValueError if a sentence is longer than the model allows."""
     if sentence is None or config.longest_sequence is None:
         return

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from lambdabert.training.recipes import OBJECTS_IN_FILES, OBJECTS_IN_TEXT, numbers, parse_overrides, read_object
+from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 
 DEFAULT_OUTPUT_DIR = "models"
 EVALUATE_EVERY = 100  # steps, where a command is given without saying what to do
@@ -116,7 +117,7 @@ def _compares_metrics(options: Namespace) -> bool:
     return (
         options.load_best_model_at_end
         or _value(options.save_strategy) == "best"
-        or _value(options.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy")
+        or _value(options.lr_scheduler_type) in {kind.value for kind in SCHEDULES_BY_EVALUATION}
     )
 
 

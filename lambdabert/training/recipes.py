@@ -130,9 +130,8 @@ def read_object(name: str, text: str) -> dict[str, Any]:
     """
     kind = "a JSON object or a file of one" if name in OBJECTS_IN_FILES else "a JSON object"
     try:
-        if not text.startswith("{") and name in OBJECTS_IN_FILES:
-            text = Path(text).read_text(encoding="utf-8")
-        value = json.loads(text)
+        is_file = not text.startswith("{") and name in OBJECTS_IN_FILES
+        value = json.loads(Path(text).read_text(encoding="utf-8") if is_file else text)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}={text!r} must be {kind} ({error}).") from None
     if not isinstance(value, dict):

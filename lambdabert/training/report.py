@@ -184,7 +184,8 @@ def read_template(package: str, name: str) -> str:
 def describe_data(data_args: TextArguments, summaries: Mapping[str, PreparationSummary]) -> str:
     """The data of a model card. It may be published: files are named without their folders, and no cache."""
     files: Sequence[str] = data_args.train_file or ()
-    source = data_args.dataset_name or data_args.corpus or ", ".join(Path(file).name for file in files)
+    name = ", ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
+    source = name or data_args.corpus or ", ".join(Path(file).name for file in files)
     return table(
         {"source": source, **{split: replace(each, cache_directory=None) for split, each in summaries.items()}}
     )

@@ -111,6 +111,7 @@ class TrainingRun(ABC):
         documents = self.read_text()
         self.make_model(documents)
         self.make_examples(documents)
+        self.check_examples()
         self.start_from_text()
         self.settings = self.describe()
         self.check_record()
@@ -186,6 +187,9 @@ class TrainingRun(ABC):
     @abstractmethod
     def draw_curves(self, state: TrainerState, file: Path) -> None:
         """Draws the losses of the whole run."""
+
+    def check_examples(self) -> None:
+        """Refuses a text that makes too few examples. Raises ValueError."""
 
     def start_from_text(self) -> None:
         """Sets what a new model's weights owe to the prepared text."""
@@ -284,7 +288,7 @@ class TrainingRun(ABC):
 
     @property
     def earlier(self) -> dict[str, list[dict]]:
-        """Settings that other values held for in the first steps; see `earlier_values`."""
+        """Settings that had other values in the first steps; see `earlier_values`."""
         return self.record.get("earlier", {})
 
     def trainer(self, **settings: Any) -> Any:
@@ -339,12 +343,12 @@ class TrainingRun(ABC):
         if self.checkpoint is None:
             return None
         state = read_state(self.checkpoint)
-        self.check_length(state)
+        self.check_steps(state)
         self.check_rates(state)
         return state
 
-    def check_length(self, state: TrainerState) -> None:
-        """Refuses fewer steps than are done, and logs it if a run is longer or shorter than it was planned.
+    def check_steps(self, state: TrainerState) -> None:
+        """Refuses fewer steps than are done, and logs it if a run is longer or shorter than planned.
 
         Args:
             state: the checkpoint's.

@@ -136,7 +136,7 @@ def changeable_fields(recorded: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def earlier_values(record: Mapping[str, Any], settings: Mapping[str, Any], step: int) -> dict[str, list[dict]]:
-    """What length and rates were in the first steps of a run, where they were others than now.
+    """The values that length and rates had in the first steps of a run, where they differ from now.
 
     Args:
         record: the run's so far.

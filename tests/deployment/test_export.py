@@ -1,6 +1,7 @@
 """Exported programs: they compute what the model does, whatever the batch, and what cannot be exported is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertTokenizer
 
 import export_model as command
@@ -198,6 +200,15 @@ class TestMistakes:
         (model / "config.json").write_text(json.dumps(config))
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
         assert "has no weights for cls.predictions" in said and "architectures" in said
+
+    def test_a_sentence_encoder_that_lacks_weights(self, sentence_student, tmp_path, capsys):
+        folder = tmp_path / "sentences"
+        shutil.copytree(sentence_student[0], folder)
+        file = folder / "model.safetensors"
+        lost = "encoder.layer.0.attention.self.to_values.weight"
+        save_file({name: weight for name, weight in load_file(file).items() if name != lost}, file)
+        said = self.refuses(capsys, tmp_path, folder, "--output", tmp_path / "out")
+        assert f"has no weights for {lost}, which would be random" in said
 
     def test_an_output_that_holds_something(self, model, tmp_path, capsys):
         said = self.refuses(capsys, tmp_path, model, "--output", model)

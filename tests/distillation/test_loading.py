@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,23 @@ def test_teachers_compute_in_float32_whatever_they_are_stored_in(teachers, sente
     sentences = load_sentence_transformer(str(tmp_path / "sentences"))
     for model in (bert, sentences):
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_the_precision_of_an_encoder_in_a_subfolder_is_reported(sentence_teacher, tmp_path, caplog):
+    folder, encoder = tmp_path / "sentences", tmp_path / "sentences" / "0_Transformer"
+    shutil.copytree(sentence_teacher, folder)
+    encoder.mkdir()
+    for file in filter(Path.is_file, list(folder.iterdir())):
+        if file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+            file.rename(encoder / file.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = encoder.name
+    (folder / "modules.json").write_text(json.dumps(modules))
+    fields = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps(fields | {"dtype": "float16"}))
+    with caplog.at_level("INFO", "lambdabert"):
+        load_sentence_transformer(str(folder))
+    assert f"teacher={folder} is stored in float16" in caplog.text
 
 
 def without(folder, copy, prefix):

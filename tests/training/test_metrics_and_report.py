@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 
 import run_language_modeling
+from lambdabert.text.arguments import DataArguments
 from lambdabert.training.metrics import example_sums, pretraining_metrics
-from lambdabert.training.report import plot_curves, unigram_baseline
+from lambdabert.training.report import describe_data, plot_curves, unigram_baseline
 
 
 def test_evaluation_keeps_sums_instead_of_logits():
@@ -44,6 +45,12 @@ def test_unigram_baseline(text):
     size = len(tokenizer) + 3
     assert baseline["unigram_cross_entropy"] == pytest.approx(-(math.log(4 / size) + math.log(1 / size)) / 2)
     assert set(unigram_baseline(None, evaluation, tokenizer)) == {"unigram_entropy"}
+
+
+def test_card_names_the_configuration_of_a_data_set():
+    wikitext = DataArguments(dataset_name="Salesforce/wikitext", dataset_config_name="wikitext-103-raw-v1")
+    assert "| source | Salesforce/wikitext, wikitext-103-raw-v1 |" in describe_data(wikitext, {})
+    assert "| source | a.txt |" in describe_data(DataArguments(train_file=["folder/a.txt"]), {})
 
 
 def test_curves_are_drawn_from_the_log(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import distill_from_bert
 import run_language_modeling
 from lambdabert.training import option_rules
-from lambdabert.training.recipes import parse_overrides
+from lambdabert.training.recipes import parse_overrides, read_object
 from run_language_modeling import parse_arguments
 from training_support import RECIPE, write_recipe
 
@@ -20,6 +20,27 @@ def test_main_command_means_what_it_documents():
     assert data_args.objective == "sop"
     assert run_language_modeling.DEFAULT_TOKENIZER.endswith("bert-base-cased")
     assert training_args.report_to == []
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ([], (None, run_language_modeling.DEFAULT_TOKENIZER)),
+        (["--model_name_or_path", "mine"], ("mine", "mine")),
+        (["--model_name_or_path", "mine", "--tokenizer_name", "other"], ("mine", "other")),
+        (["--train_tokenizer"], (None, None)),
+    ],
+)
+def test_the_hub_is_asked_for_what_is_loaded_alone(options, names):
+    run = run_language_modeling.Pretraining(*parse_arguments(["--do_train", *options]))
+    model, _, tokenizer = run.hub_names()
+    assert (model, tokenizer) == names
+
+
+def test_a_file_of_an_option_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "fsdp.json").write_text('{"a": 1,\n "b": }')
+    with pytest.raises(ValueError, match=r"^fsdp_config='.*fsdp\.json' must be a JSON object or a file of one"):
+        read_object("fsdp_config", str(tmp_path / "fsdp.json"))
 
 
 @pytest.mark.parametrize("command", ["--sop", "--sop --dry_run"])
