@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from benchmarks.report import Curve, draw_curves
 
 RECORDS = Path("benchmarks/results/pretraining")
-LAST_STEP = 8000
+LAST_STEP = 14000
 RUNS = {
-    "LambdaBERT with repetitions": "wikipedia_512_new_repetitions",
-    "ModernBERT": "wikipedia_512_modernbert_8000",
+    "LambdaBERT with repetitions": "wikipedia_512_new_repetitions_14000",
+    "ModernBERT": "wikipedia_512_modernbert_14000",
     "BERT": "wikipedia_512_bert",
     "LambdaBERT, wikipedia-512": "wikipedia_512",
 }
