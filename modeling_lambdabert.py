@@ -520,7 +520,7 @@ def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
         labels: [...]
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-    return F.cross_entropy(logits, labels.to(logits.device).flatten(), reduction="none")
+    return F.cross_entropy(logits, labels.to(logits.device, torch.long).flatten(), reduction="none")
 
 
 def _label_loss(
@@ -784,6 +784,9 @@ class LambdaBertForNextSentencePrediction(LambdaBertHeadModel, BertForNextSenten
         return self.cls(outputs.pooler_output)
 
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
 def _classifier_dropout(config: LambdaBertConfig) -> nn.Dropout:
     given = config.classifier_dropout
     return nn.Dropout(config.hidden_dropout_prob if given is None else given)
@@ -817,6 +820,10 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
                 self.config.problem_type = "single_label_classification"
             else:
                 self.config.problem_type = "multi_label_classification"
+        if self.config.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type={self.config.problem_type!r} is unknown; set it to one of {PROBLEM_TYPES}, or to None."
+            )
         if self.config.problem_type == "single_label_classification":
             return _label_loss(logits, labels, num_items_in_batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision would round the targets

@@ -64,6 +64,11 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
         raise ValueError("Name the data by either --train_file or --dataset_name.")
     if options.train_file and not (options.validation_file or options.test_file):
         raise ValueError(f"train_file={options.train_file}: give a --validation_file or --test_file to evaluate on.")
+    for name, value in (("eval_do_concat_batches", False), ("prediction_loss_only", True)):
+        if type(training) is Training and getattr(training, name) is value:  # sentence vectors need no predictions
+            raise ValueError(f"{name}={value}: the results are computed from all predictions; leave it out.")
+    if options.max_seq_length < 3:
+        raise ValueError(f"max_seq_length={options.max_seq_length} leaves no token between [CLS] and [SEP]; give more.")
     folder = Path(training.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output_dir={folder} holds something already; name another folder.")

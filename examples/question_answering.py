@@ -30,12 +30,22 @@ class AnswerOptions(Options):
     stride: int = field(default=64, metadata={"help": "Tokens that two stretches of a context share."})
 
 
+SPECIAL_TOKENS = 3  # [CLS] and [SEP] twice
+
+
 def read_questions(options: AnswerOptions) -> DatasetDict:
     """The splits. Raises ValueError if a question has no answer, or an answer is not where it should be."""
+    if options.stride < 0:
+        raise ValueError(f"stride={options.stride}: give 0 or more tokens.")
     splits = read_splits(options, COLUMNS)
     for split, rows in splits.items():
         for context, answers in zip(rows["context"], rows["answers"]):
-            if not answers["text"]:
+            if not (isinstance(answers, dict) and {"text", "answer_start"} <= answers.keys()):
+                raise ValueError(
+                    f"answers={answers!r} of the {split} data: it takes {{'text': [...], 'answer_start': [...]}}, as "
+                    "SQuAD has."
+                )
+            if not answers["text"] or not answers["text"][0]:
                 raise ValueError(f"The {split} data has a question without an answer, about {context[:50]!r}.")
             answer, start = answers["text"][0], answers["answer_start"][0]
             if context[start : start + len(answer)] != answer:
@@ -49,6 +59,12 @@ def encode(rows: dict, tokenizer: PreTrainedTokenizerBase, options: AnswerOption
     Adds `row`, the number of the question in `rows`; `offsets`, the characters [start, end) of each token of the
     context, -1 of others; and the answer's first and last token, 0 where the stretch does not hold all of it.
     """
+    for question, ids in zip(rows["question"], tokenizer(rows["question"], add_special_tokens=False)["input_ids"]):
+        if len(ids) + SPECIAL_TOKENS + options.stride >= options.max_seq_length:
+            raise ValueError(
+                f"max_seq_length={options.max_seq_length}: a question has {len(ids)} tokens, which leaves no room for "
+                f"a context with stride={options.stride}; give more, or shorten {question[:50]!r}."
+            )
     encoded = tokenizer(
         rows["question"],
         rows["context"],

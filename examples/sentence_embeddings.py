@@ -8,6 +8,7 @@ wrong (MultipleNegativesRankingLoss), so a larger batch teaches more. What it is
 and a score of their similarity. The result is a folder for `SentenceTransformer`.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 
@@ -52,13 +53,27 @@ class SentenceTraining(Training, SentenceTransformerTrainingArguments):
     )
 
 
+def scores(rows: Dataset, split: str, column: str) -> list[float]:
+    """The scores of pairs. Raises ValueError if one is not a finite number."""
+    found = []
+    for row, score in enumerate(rows[column], 1):
+        try:
+            found.append(float(score))
+        except (TypeError, ValueError):
+            found.append(math.nan)
+        if not math.isfinite(found[-1]):
+            raise ValueError(f"score_column={column}: {score!r} in row {row} of the {split} data is not a number.")
+    return found
+
+
 def spearman(model: SentenceTransformer, rows: Dataset, options: PairOptions) -> Metrics:
     """Spearman correlation of the cosines of pairs with their scores."""
     first, second = (
         model.encode(list(rows[column]), normalize_embeddings=True)
         for column in (options.first_column, options.second_column)
     )
-    return {"spearman": float(spearmanr((first * second).sum(1), rows[options.score_column]).statistic)}
+    wanted = scores(rows, "evaluation", options.score_column)
+    return {"spearman": float(spearmanr((first * second).sum(1), wanted).statistic)}
 
 
 def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
@@ -66,7 +81,8 @@ def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
     rows, least = splits["train"], options.least_score
     if least is not None:
         check_columns(splits, "train", {"score_column": options.score_column})
-        rows = rows.filter(lambda row: float(row[options.score_column]) >= least)
+        similarities = scores(rows, "train", options.score_column)
+        rows = rows.select([i for i, similarity in enumerate(similarities) if similarity >= least])
         if not len(rows):
             raise ValueError(f"least_score={least}: no pair of the training data has a {options.score_column} as high.")
     return rows.select_columns([options.first_column, options.second_column])
@@ -77,6 +93,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     splits = read_splits(options, {"first_column": options.first_column, "second_column": options.second_column})
     for split in evaluated(splits):
         check_columns(splits, split, {"score_column": options.score_column})
+        scores(splits[split], split, options.score_column)
     model = SentenceTransformer(options.model, device=str(training.device))
     model.max_seq_length = options.max_seq_length
     trainer = SentenceTransformerTrainer(

@@ -29,6 +29,12 @@ def read_texts(options: TextOptions) -> DatasetDict:
     kind = splits["train"].features[options.text_column].dtype
     if kind not in ("string", "large_string"):
         raise ValueError(f"text_column={options.text_column} holds values of type {kind}, not texts; name another.")
+    for split, rows in splits.items():
+        if missing := [i for i, text in enumerate(rows[options.text_column], 1) if text is None]:
+            raise ValueError(
+                f"text_column={options.text_column}: {len(missing)} rows of the {split} data have no text, row "
+                f"{missing[0]} the first of them; leave them out."
+            )
     return splits
 
 
@@ -40,13 +46,15 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
     """
     if isinstance(splits["train"].features[column], ClassLabel):
         return labelled(splits, column)
+    if any(isinstance(label, list | dict) for label in splits["train"][column]):
+        raise ValueError(f"label_column={column} holds several labels in a row; this example takes one for each text.")
     for split, rows in splits.items():
         if missing := [i for i, label in enumerate(rows[column]) if label is None or not str(label).strip()]:
             raise ValueError(
                 f"label_column={column}: {len(missing)} rows of the {split} data have no label, row {missing[0] + 1} "
                 "the first of them; give them labels or leave them out."
             )
-    names = sorted(set(map(str, splits["train"][column])))
+    names = list(map(str, sorted(set(splits["train"][column]))))  # numbers in their order, not in that of their digits
     for split, rows in splits.items():
         if unknown := sorted(set(map(str, rows[column])) - set(names)):
             raise ValueError(f"{column}={unknown[0]!r} of the {split} data does not occur in the training data.")

@@ -55,12 +55,20 @@ def read_tagged(file: str, options: TagOptions) -> Dataset:
     return Dataset.from_dict({options.words_column: words, options.tags_column: tags})
 
 
-def with_tag_names(splits: DatasetDict, column: str) -> tuple[DatasetDict, list[str]]:
+def with_tag_names(splits: DatasetDict, words_column: str, column: str) -> tuple[DatasetDict, list[str]]:
     """Tags as names, and all of them: those that the data set declares, or those of the training data, sorted.
 
     Raises:
-        ValueError: another split has a tag that the training data lacks, or a tag is not BIO.
+        ValueError: words without tags or tags without words, another split has a tag that the training data lacks, or
+            a tag is not BIO.
     """
+    for split, rows in splits.items():
+        for number, (words, tags) in enumerate(zip(rows[words_column], rows[column]), 1):
+            if words is None or tags is None or None in tags or len(words) != len(tags):
+                raise ValueError(
+                    f"{column}: row {number} of the {split} data has {len(tags or ())} tags for {len(words or ())} "
+                    "words, or an empty one; give one for each word."
+                )
     feature = getattr(splits["train"].features[column], "feature", None)
     if isinstance(feature, ClassLabel):
         known = feature.names
@@ -113,7 +121,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, TagOptions, Training)
     columns = {"words_column": options.words_column, "tags_column": options.tags_column}
     splits = read_splits(options, columns, lambda file: read_tagged(file, options))
-    splits, names = with_tag_names(splits, options.tags_column)
+    splits, names = with_tag_names(splits, options.words_column, options.tags_column)
     numbers = {name: number for number, name in enumerate(names)}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForTokenClassification.from_pretrained(

@@ -25,6 +25,24 @@ def sentence_module_paths(folder: Path) -> list[str]:
         raise ValueError(f"{folder / SENTENCE_MODULES} cannot be read ({error}); save the model again.") from None
 
 
+def check_case(sentence_transformer: Any, name: str) -> None:
+    """Refuses lower-casing that sentence-transformers adds to a cased tokenizer, which no saved tokenizer keeps.
+
+    Args:
+        sentence_transformer: a loaded model of it.
+        name: how the message calls it.
+
+    Raises:
+        ValueError: it does.
+    """
+    lowers = getattr(sentence_transformer[0], "do_lower_case", False)
+    if lowers and not getattr(sentence_transformer.tokenizer, "do_lower_case", False):
+        raise ValueError(
+            f"{name} puts do_lower_case=true before a cased tokenizer, which is lost when the tokenizer is saved: set "
+            "it to false in sentence_bert_config.json, and save the tokenizer with do_lower_case=True."
+        )
+
+
 def load_with_missing(model_class: Any, name: str | Path, subfolder: str = "") -> tuple[PreTrainedModel, list[str]]:
     """Loads a model.
 

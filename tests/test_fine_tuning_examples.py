@@ -268,6 +268,9 @@ def test_sentence_embeddings(model, tmp_path):
         (["--test_file=nowhere.csv"], r"test_file=nowhere\.csv: no such file"),
         (["--text_column=words"], "text_column=words: the t.* data has no such column; it has sentence, kind"),
         (["--max_seq_length=41"], "max_seq_length=41: .* takes 40 tokens at most"),
+        (["--max_seq_length=2"], "max_seq_length=2 leaves no token"),
+        (["--eval_do_concat_batches=False"], "eval_do_concat_batches=False: the results"),
+        (["--prediction_loss_only=True"], "prediction_loss_only=True: the results"),
         (["--dataset_name=x"], "either --train_file or --dataset_name"),
         (["--output_dir=."], "output_dir=. holds something already"),
         (["--model=nowhere/at-all"], "model=nowhere/at-all is not the folder or hub name of a model"),
@@ -296,11 +299,64 @@ def test_questions_without_their_answer_are_refused(model, tmp_path):
     options = [f"--model={model}", f"--output_dir={tmp_path / 'result'}", "--max_seq_length=32", *QUICK]
     for answers, message in (
         ({"text": [], "answer_start": []}, "has a question without an answer"),
+        ({"text": [""], "answer_start": [0]}, "has a question without an answer"),
         ({"text": ["a red boat"], "answer_start": [1]}, "answer_start=1 is not where 'a red boat' stands"),
     ):
         file = write_lines(tmp_path / "train.jsonl", [rows[0], rows[1] | {"answers": answers}])
         with pytest.raises(ValueError, match=message):
             question_answering.main([*options, f"--train_file={file}", f"--validation_file={file}"])
+
+
+def test_answers_of_another_shape_and_long_questions_are_refused(model, tmp_path):
+    rows = questions(2, 0)
+    options = [f"--model={model}", f"--output_dir={tmp_path / 'result'}", *QUICK]
+
+    def refuses(rows, message, *more):
+        file = write_lines(tmp_path / "train.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            question_answering.main([*options, *more, f"--train_file={file}", f"--validation_file={file}"])
+
+    refuses(
+        [row | {"answers": "a boat"} for row in rows],
+        "answers='a boat' of the train data: it takes",
+        "--max_seq_length=32",
+    )
+    refuses(rows, "stride=-1: give 0 or more", "--max_seq_length=32", "--stride=-1")
+    rows[1]["question"] = "the fox sees " * 8
+    refuses(rows, "max_seq_length=32: a question has 24 tokens, .* stride=6", "--max_seq_length=32", "--stride=6")
+
+
+def test_texts_tags_and_scores_that_are_missing_are_refused(model, texts, tmp_path):
+    result = f"--output_dir={tmp_path / 'result'}"
+    rows = [{"sentence": "the fox", "kind": "animal"}, {"sentence": None, "kind": "person"}]
+    files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
+    with pytest.raises(ValueError, match="text_column=sentence: 1 rows of the train data have no text, row 2"):
+        text_classification.main([f"--model={model}", *texts, *files, result])
+    rows = [{"sentence": "the fox", "kind": ["animal"]}]
+    files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
+    with pytest.raises(ValueError, match="label_column=kind holds several labels in a row"):
+        text_classification.main([f"--model={model}", *texts, *files, result])
+    for tags in (["O"], ["O", "O", "O"], ["O", None], None):
+        rows = [{"tokens": ["the", "fox"], "ner_tags": ["O", "O"]}, {"tokens": ["the", "fox"], "ner_tags": tags}]
+        files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
+        with pytest.raises(ValueError, match="ner_tags: row 2 of the train data has . tags for 2 words"):
+            token_classification.main([f"--model={model}", *files, "--max_seq_length=32", *QUICK, result])
+    assert not (tmp_path / "result").exists()
+
+
+def test_scores_are_numbers_however_they_are_written():
+    assert sentence_embeddings.scores(Dataset.from_dict({"score": ["10.0", "2"]}), "test", "score") == [10.0, 2.0]
+    for wrong in ("n/a", "", None, "nan"):
+        rows = Dataset.from_dict({"score": ["1", wrong]})
+        with pytest.raises(ValueError, match=f"^score_column=score: {wrong!r} in row 2 of the test data"):
+            sentence_embeddings.scores(rows, "test", "score")
+
+
+def test_numbers_as_classes_keep_their_order():
+    rows = Dataset.from_dict({"label": [10, 2, 0, 11, 1]})
+    splits = text_classification.with_class_labels(DatasetDict(train=rows, test=rows), "label")
+    assert splits["train"].features["label"].names == ["0", "1", "2", "10", "11"]
+    assert splits["test"]["label"] == [3, 2, 0, 4, 1]
 
 
 @pytest.mark.parametrize("example", [text_classification, token_classification, question_answering, lora])

@@ -206,6 +206,19 @@ class TestLosses:
         output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
         torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels))
 
+    def test_an_unknown_problem_type_is_refused(self, make_config, make_inputs):
+        config = make_config(num_labels=1)
+        config.problem_type = "regresion"
+        model = build(LambdaBertForSequenceClassification, config)
+        with pytest.raises(ValueError, match="^problem_type='regresion' is unknown; set it to one of"):
+            model(**make_inputs(LambdaBertForSequenceClassification, config), labels=torch.zeros(3))
+
+    def test_classes_of_32_bits_are_classes(self, make_config, make_inputs):
+        config = make_config(num_labels=3)
+        model = build(LambdaBertForSequenceClassification, config).eval()
+        inputs, labels = make_inputs(LambdaBertForSequenceClassification, config), torch.tensor([2, 0, 1])
+        assert torch.equal(model(**inputs, labels=labels.int()).loss, model(**inputs, labels=labels).loss)
+
     def test_regression_in_half_precision_keeps_its_targets(self, make_config, make_inputs):
         """1985 and 1989 are 1984 and 1992 in bfloat16."""
         config = make_config(num_labels=1)

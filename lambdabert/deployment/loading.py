@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from lambdabert.saved_models import load_as_saved, load_with_missing, sentence_module_paths
+from lambdabert.saved_models import check_case, load_as_saved, load_with_missing, sentence_module_paths
 from modeling_lambdabert import LambdaBertForMultipleChoice, LambdaBertModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -133,7 +133,8 @@ def load_sentence_program(folder: Path) -> LoadedProgram:
     """Loads a sentence-transformers model whose transformer is a LambdaBERT.
 
     Raises:
-        ValueError: the package or weights are missing, or a prompt is pooled in a way that one program cannot follow.
+        ValueError: the package or weights are missing, or a prompt, a dimension or the case of letters is treated in a
+            way that one program and a saved tokenizer cannot follow.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -148,6 +149,12 @@ def load_sentence_program(folder: Path) -> LoadedProgram:
             f"model={folder} leaves the tokens of its prompts out of the mean (include_prompt=false), and an exported "
             "program does not know which they are; remove the prompts, or use it in PyTorch."
         )
+    if sentences.truncate_dim is not None:
+        raise ValueError(
+            f"model={folder} cuts its vectors to truncate_dim={sentences.truncate_dim}, which an exported program does "
+            "not; remove it from config_sentence_transformers.json, and cut the program's vectors."
+        )
+    check_case(sentences, f"model={folder}")
     # sentence-transformers does not say which weights it made up
     model: Any
     model, missing = load_with_missing(LambdaBertModel, folder / sentence_module_paths(folder)[0])

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from conversion_lambdabert import check_bert
 from lambdabert.distillation.teacher import Teacher
-from lambdabert.saved_models import SENTENCE_MODULES, load_with_missing, sentence_module_paths
+from lambdabert.saved_models import SENTENCE_MODULES, check_case, load_with_missing, sentence_module_paths
 from lambdabert.text.tokenizers import check_tokenizer
 from lambdabert.training.models import non_finite_weights, note_precision
 from lambdabert.training.tokenizers import load_tokenizer
@@ -86,6 +86,7 @@ def load_sentence_transformer(name: str) -> Any:
     if transformer is None:
         raise ValueError(f"teacher={name} starts with a {type(model[0]).__name__}, not with a BERT.")
     check_bert(transformer.config.to_dict(), name)
+    check_case(model, f"teacher={name}")
     # sentence-transformers does not say which weights it made up, so the BERT is loaded once more, by what does
     subfolder = sentence_module_paths(Path(str(cached_file(name, SENTENCE_MODULES))).parent)[0]
     if load_complete_bert(name, type(transformer), subfolder).pooler is None:
@@ -104,6 +105,11 @@ def load_bert_and_tokenizer(name: str) -> tuple[PreTrainedModel, PreTrainedToken
     check_bert(fields, name)
     note_precision(f"teacher={name}", fields)
     architecture = next(iter(fields.get("architectures") or ()), None)
+    if architecture == "BertForMultipleChoice":
+        raise ValueError(
+            f"teacher={name} is a {architecture}, which this command does not train, since its texts come in choices: "
+            "LambdaBertForMultipleChoice.from_bert converts it, to be fine-tuned."
+        )
     bert_class = getattr(transformers, architecture) if architecture in STUDENTS else BertModel
     try:
         tokenizer = load_tokenizer(name)

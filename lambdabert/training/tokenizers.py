@@ -56,6 +56,10 @@ def read_vocabulary(file: Path, what: str) -> dict[str, int]:
         raise ValueError(f"{what}: {file} is not a text file; name a vocabulary, one token a line.") from None
     tokens = [line.rstrip("\r") for line in lines]
     words = {token: i for i, token in enumerate(tokens) if token}
+    if (blank := next((i for i, token in enumerate(tokens) if not token), len(words))) < len(words):
+        raise ValueError(
+            f"{what}: line {blank + 1} of {file} is blank, but each line stands for one embedding; fill it."
+        )
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise ValueError(

@@ -181,6 +181,11 @@ class InterruptibleTrainer(Trainer):
         """The metrics. Raises CheckpointError if a loss is not finite."""
         metrics = super().evaluate(*args, **kwargs)
         if not all(math.isfinite(value) for name, value in metrics.items() if name.endswith("_loss")):
+            if metrics.get("eval_masked_tokens") == 0:
+                raise CheckpointError(
+                    "No token of the evaluation text is masked, so that its loss is not known: give more text, or a "
+                    "higher --eval_mlm_probability."
+                )
             raise CheckpointError(
                 f"The evaluation's loss after step {self.state.global_step} is not a finite number, so these weights "
                 "are of no use: give a lower --learning_rate and another --output_dir, or evaluate another model."

@@ -210,6 +210,14 @@ class TestMistakes:
         said = self.refuses(capsys, tmp_path, folder, "--output", tmp_path / "out")
         assert f"has no weights for {lost}, which would be random" in said
 
+    def test_vectors_that_are_cut(self, sentence_student, tmp_path, capsys):
+        folder = tmp_path / "sentences"
+        shutil.copytree(sentence_student[0], folder)
+        file = folder / "config_sentence_transformers.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"truncate_dim": 8}))
+        said = self.refuses(capsys, tmp_path, folder, "--output", tmp_path / "out")
+        assert "cuts its vectors to truncate_dim=8" in said
+
     def test_an_output_that_holds_something(self, model, tmp_path, capsys):
         said = self.refuses(capsys, tmp_path, model, "--output", model)
         assert "exists and is not overwritten" in said

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertModel
 
 from lambdabert.distillation.loading import load_bert_and_tokenizer, load_sentence_transformer, load_teacher
+from lambdabert.distillation.teacher import Teacher
+from lambdabert.saved_models import check_case
 from modeling_lambdabert import LambdaBertModel
 
 
@@ -42,6 +45,29 @@ def test_the_precision_of_an_encoder_in_a_subfolder_is_reported(sentence_teacher
     with caplog.at_level("INFO", "lambdabert"):
         load_sentence_transformer(str(folder))
     assert f"teacher={folder} is stored in float16" in caplog.text
+
+
+def test_a_model_of_choices_is_refused(teachers, tmp_path):
+    shutil.copytree(teachers / "plain", tmp_path / "choices")
+    fields = json.loads((tmp_path / "choices" / "config.json").read_text())
+    (tmp_path / "choices" / "config.json").write_text(json.dumps(fields | {"architectures": ["BertForMultipleChoice"]}))
+    with pytest.raises(ValueError, match="is a BertForMultipleChoice, which this command does not train"):
+        load_teacher(str(tmp_path / "choices"))
+
+
+def test_lower_casing_that_no_tokenizer_keeps_is_refused(sentence_teacher):
+    sentences = load_sentence_transformer(str(sentence_teacher))
+    sentences[0].do_lower_case, sentences.tokenizer.do_lower_case = True, False
+    with pytest.raises(ValueError, match="^teacher=x puts do_lower_case=true before a cased tokenizer"):
+        check_case(sentences, "teacher=x")
+    sentences.tokenizer.do_lower_case = True
+    check_case(sentences, "teacher=x")
+
+
+def test_chunks_of_a_teacher_are_none_of_the_students(teachers):
+    bert = BertModel.from_pretrained(teachers / "plain", chunk_size_feed_forward=4)
+    assert Teacher(bert).model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state.shape[1] == 5
+    assert LambdaBertModel.from_bert(bert).config.chunk_size_feed_forward == 0
 
 
 def without(folder, copy, prefix):

@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from transformers import Trainer, TrainerState
 
 import run_language_modeling
 from lambdabert.text.arguments import DataArguments
+from lambdabert.training.checkpoints import CheckpointError
 from lambdabert.training.metrics import example_sums, pretraining_metrics
 from lambdabert.training.report import describe_data, plot_curves, unigram_baseline
+from lambdabert.training.trainer import InterruptibleTrainer
 
 
 def test_evaluation_keeps_sums_instead_of_logits():
@@ -45,6 +48,16 @@ def test_unigram_baseline(text):
     size = len(tokenizer) + 3
     assert baseline["unigram_cross_entropy"] == pytest.approx(-(math.log(4 / size) + math.log(1 / size)) / 2)
     assert set(unigram_baseline(None, evaluation, tokenizer)) == {"unigram_entropy"}
+
+
+@pytest.mark.parametrize("masked, said", [(0, "No token of the evaluation text is masked"), (9, "a lower --learning_")])
+def test_a_loss_that_is_not_known_is_told_from_weights_of_no_use(masked, said, monkeypatch):
+    metrics = {"eval_mlm_loss": math.nan, "eval_masked_tokens": masked}
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: metrics)
+    trainer = object.__new__(InterruptibleTrainer)
+    trainer.state = TrainerState(global_step=3)
+    with pytest.raises(CheckpointError, match=said):
+        trainer.evaluate()
 
 
 def test_card_names_the_configuration_of_a_data_set():

@@ -224,6 +224,7 @@ class TestMistakes:
             ("vocab.txt", b"", "[PAD]"),
             ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nfox\n", "[MASK]"),
             ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nfox\nfox\n", "'fox' twice"),
+            ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n\n[SEP]\n[MASK]\nfox\n", "line 4 of"),
             ("tokenizer.json", b"{}", "tokenizer.json"),
             ("folder/tokenizer.json", b'{"model": ', "no tokenizer that can be read"),
             ("folder/tokenizer.json", b'{"model": 5}', "no tokenizer that can be read"),
