@@ -66,14 +66,13 @@ def scores(rows: Dataset, split: str, column: str) -> list[float]:
     return found
 
 
-def spearman(model: SentenceTransformer, rows: Dataset, options: PairOptions) -> Metrics:
-    """Spearman correlation of the cosines of pairs with their scores."""
+def spearman(model: SentenceTransformer, rows: Dataset, wanted: list[float], options: PairOptions) -> float:
+    """Spearman correlation of the cosines of pairs with the wanted scores."""
     first, second = (
         model.encode(list(rows[column]), normalize_embeddings=True)
         for column in (options.first_column, options.second_column)
     )
-    wanted = scores(rows, "evaluation", options.score_column)
-    return {"spearman": float(spearmanr((first * second).sum(1), wanted).statistic)}
+    return float(spearmanr((first * second).sum(1), wanted).statistic)
 
 
 def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
@@ -91,9 +90,10 @@ def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
 def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, PairOptions, SentenceTraining)
     splits = read_splits(options, {"first_column": options.first_column, "second_column": options.second_column})
+    wanted = {}
     for split in evaluated(splits):
         check_columns(splits, split, {"score_column": options.score_column})
-        scores(splits[split], split, options.score_column)
+        wanted[split] = scores(splits[split], split, options.score_column)
     model = SentenceTransformer(options.model, device=str(training.device))
     model.max_seq_length = options.max_seq_length
     trainer = SentenceTransformerTrainer(
@@ -102,11 +102,13 @@ def main(argv: list[str] | None = None) -> Metrics:
         train_dataset=training_pairs(splits, options),
         loss=MultipleNegativesRankingLoss(model),
     )
-    before = {split: spearman(model, splits[split], options)["spearman"] for split in evaluated(splits)}
+
+    def evaluate(split: str) -> float:
+        return spearman(model, splits[split], wanted[split], options)
+
+    before = {split: evaluate(split) for split in wanted}
     return train_and_evaluate(
-        trainer,
-        splits,
-        lambda split: {"spearman_before": before[split], **spearman(model, splits[split], options)},
+        trainer, splits, lambda split: {"spearman_before": before[split], "spearman": evaluate(split)}
     )
 
 

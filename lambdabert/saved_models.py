@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
@@ -23,6 +24,14 @@ def sentence_module_paths(folder: Path) -> list[str]:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / SENTENCE_MODULES} cannot be read ({error}); save the model again.") from None
+
+
+def compute_whole(model: nn.Module) -> None:
+    """Switches off computing feed-forward layers in chunks: the same results, without lengths that chunks divide."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0
 
 
 def check_case(sentence_transformer: Any, name: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from lambdabert.saved_models import check_case, load_as_saved, load_with_missing, sentence_module_paths
+from lambdabert.saved_models import check_case, compute_whole, load_as_saved, load_with_missing, sentence_module_paths
 from modeling_lambdabert import LambdaBertForMultipleChoice, LambdaBertModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -88,10 +88,7 @@ def load_program(folder: Path) -> LoadedProgram:
         raise ValueError(
             f"model={folder} cannot be read ({type(error).__name__}: {error}); save the model again."
         ) from error
-    module: Any
-    for module in loaded.program.modules():
-        if hasattr(module, "chunk_size_feed_forward"):  # the same results, of lengths that chunks divide
-            module.chunk_size_feed_forward = 0
+    compute_whole(loaded.program)
     loaded.program.eval()
     return loaded
 

@@ -1,7 +1,7 @@
 """The teacher: a trained BERT, and what it offers to learn from."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from transformers import (
     BertForTokenClassification,
     PreTrainedModel,
 )
+
+from lambdabert.saved_models import compute_whole
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,8 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, sentence_modules: tuple[nn.Module, ...] = ()):
         self.model = model.eval().requires_grad_(False)
-        module: Any
-        for module in model.modules():
-            if hasattr(module, "chunk_size_feed_forward"):  # the same results, of lengths that chunks divide
-                module.chunk_size_feed_forward = 0
-        model.config.chunk_size_feed_forward = 0
+        compute_whole(model)
+        model.config.chunk_size_feed_forward = 0  # the student's, too
         self.sentence_modules = [module.eval().requires_grad_(False) for module in sentence_modules]
 
     @property

@@ -55,18 +55,19 @@ def read_vocabulary(file: Path, what: str) -> dict[str, int]:
     except UnicodeDecodeError:
         raise ValueError(f"{what}: {file} is not a text file; name a vocabulary, one token a line.") from None
     tokens = [line.rstrip("\r") for line in lines]
-    words = {token: i for i, token in enumerate(tokens) if token}
-    if (blank := next((i for i, token in enumerate(tokens) if not token), len(words))) < len(words):
-        raise ValueError(
-            f"{what}: line {blank + 1} of {file} is blank, but each line stands for one embedding; fill it."
-        )
+    while tokens and not tokens[-1]:
+        tokens.pop()
+    if "" in tokens:
+        line = tokens.index("") + 1
+        raise ValueError(f"{what}: line {line} of {file} is blank, but each line stands for one embedding; fill it.")
+    words = {token: i for i, token in enumerate(tokens)}
     missing = [token for token in SPECIAL_TOKENS if token not in words]
     if missing:
         raise ValueError(
             f"{what}: {file} has no line {', '.join(missing)}, so it is not a vocabulary of BERT, one token a line; "
             "name another (a tokenizer.json is named by its folder)."
         )
-    if len(words) < sum(map(bool, tokens)):
-        twice = next(token for i, token in enumerate(tokens) if token and words[token] != i)
+    if len(words) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if words[token] != i)
         raise ValueError(f"{what}: {file} holds the token {twice!r} twice; each stands for one embedding.")
     return words
