@@ -6,12 +6,13 @@
 - a global scope, by an FFT, in O(N log N); up to `DIRECT_LENGTH` tokens the formula itself is faster;
 - in inference on a CPU, either of them tile by tile: the lambdas [B, N, K, V] are the largest tensor of a layer, and
   those of a tile never leave the processor's cache;
+- on a GPU a local scope is computed without lambdas, by `block_outputs`;
 - in a program that is exported, by forms that serve every batch size and length and are made of real-valued operators
   that every runtime has: the same Toeplitz blocks, and for a global scope a Fourier transform within blocks;
 - in a program that is traced, by the formulas.
 
-The constants were measured on CPUs, in float32, at the sizes of BERT-base; `EXPORTED_BLOCK` in onnxruntime. Axes are
-those of `lambda_layer.py`.
+The constants were measured on CPUs, in float32, at the sizes of BERT-base; `EXPORTED_BLOCK` in onnxruntime, those of
+GPUs on an NVIDIA H200 in bfloat16. Axes are those of `lambda_layer.py`.
 """
 
 import math
@@ -23,6 +24,8 @@ from torch.nn import functional as F
 
 LOCAL_BLOCK = 8  # T, query positions of one dense product; the fastest of 2 to 32 for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the product with the whole Toeplitz matrix is faster than the FFT
+DIRECT_LENGTH_ON_GPU = 512
+BLOCK_CHANNELS = 1024  # T H K up to which `block_outputs` is used: its matrix of weights grows with the square of H
 TILE = 256  # query positions whose lambdas, 0.8 MB at K = 8 and V = 96, fit into a core's second-level cache
 FFT_TILE = 2**18  # numbers in the lambdas of one FFT, 1 MB: more of them do not stay in the cache
 FFT_DEPTHS = 8  # value depths of one FFT at least; the lambdas are written 8 numbers, half a cache line, at a time
@@ -61,7 +64,8 @@ def fastest_outputs(
     if torch.compiler.is_exporting():
         position_lambda = spectral_position_lambda if is_global else exported_local_lambda
     elif not torch.jit.is_tracing():
-        is_short = is_global and not torch.compiler.is_compiling() and values.shape[1] <= DIRECT_LENGTH
+        direct_length = DIRECT_LENGTH_ON_GPU if values.device.type == "cuda" else DIRECT_LENGTH
+        is_short = is_global and not torch.compiler.is_compiling() and values.shape[1] <= direct_length
         if not is_short:
             position_lambda = fft_position_lambda if is_global else toeplitz_position_lambda
     if as_a_whole(values):
@@ -74,6 +78,72 @@ def fastest_outputs(
     for rows, places, position in tiles:
         outputs[rows, places] = apply_lambdas(queries[rows, places], content[rows], position)
     return outputs
+
+
+def prefers_blocks(queries: torch.Tensor, is_global: bool) -> bool:
+    """Whether the outputs of queries [B, N, H, K] are computed by `block_outputs`: of a local scope on a GPU.
+
+    A tensor core multiplies zeros faster than memory moves the lambdas [B, N, K, V]. A compiled graph fuses what moves.
+    """
+    is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    fits = LOCAL_BLOCK * queries.shape[2] * queries.shape[3] <= BLOCK_CHANNELS
+    return queries.device.type == "cuda" and not is_global and not is_one_graph and fits
+
+
+def block_outputs(
+    queries: torch.Tensor,
+    content: torch.Tensor,
+    values: torch.Tensor,
+    relative_embeddings: torch.Tensor,
+    elsewhere: torch.Tensor | None = None,
+    repetition_embeddings: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Outputs [B, N, H, V] of a local scope as weighted sums, in two dense products for blocks of T positions.
+
+    All that a block reads stands in C rows of depth V: the S U values in its sight, S = T + R - 1; the K channels of
+    the content lambda; and for a repetition lambda the R' U mean values around the other occurrences of each of its T
+    tokens. The weights that its T H queries give to these rows are products with embeddings, for the content with 1:
+
+        weights [T H, C]     [T H K] @ [T H K, T H C], a matrix of blocks on its diagonal
+        outputs [T H, V]     [T H, C] @ [C, V]
+
+    Args:
+        queries: [B, N, H, K]
+        content: the content lambda, [B, K, V].
+        values: [B, N, V, U], zero at padding.
+        relative_embeddings: E, [R, K, U].
+        elsewhere: as `values_elsewhere` gives it, [B, N, R' U, V]; None without a repetition lambda.
+        repetition_embeddings: its embeddings, [R', K, U].
+    """
+    batch, length, num_queries, key_depth = queries.shape
+    size, reach = LOCAL_BLOCK, relative_embeddings.shape[0] // 2
+    missing = -length % size
+    blocks = (length + missing) // size
+    queries = F.pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
+    context = F.pad(rearrange(values, "b m v u -> b m u v"), (0, 0, 0, 0, reach, reach + missing))
+    windows = context.unfold(1, size + 2 * reach, size)
+    rows = [rearrange(windows, "b g u v s -> b g (s u) v"), content[:, None].expand(-1, blocks, -1, -1)]
+    embeddings = rearrange(toeplitz_matrix(relative_embeddings.to(queries.dtype)), "(t k) s -> t k s", t=size)
+    one = torch.eye(key_depth, dtype=queries.dtype, device=queries.device).expand(size, -1, -1)
+    factors = [embeddings, one]
+    if elsewhere is not None and repetition_embeddings is not None:
+        elsewhere = F.pad(elsewhere, (0, 0, 0, 0, 0, missing)) if missing else elsewhere
+        rows.append(rearrange(elsewhere, "b (g t) r v -> b g (t r) v", t=size))
+        own = rearrange(repetition_embeddings.to(queries.dtype), "r k u -> 1 k (r u)").expand(size, -1, -1)
+        factors.append(block_diagonal(own, 1).unflatten(0, (size, key_depth)))
+    queries = rearrange(queries, "b (g t) h k -> (b g) (t h k)", t=size)
+    weights = queries @ block_diagonal(torch.cat(factors, dim=2), num_queries)
+    weights = rearrange(weights, "g (t h c) -> g (t h) c", t=size, h=num_queries)
+    outputs = torch.bmm(weights, rearrange(torch.cat(rows, dim=2), "b g c v -> (b g) c v"))
+    return rearrange(outputs, "(b g) (t h) v -> b (g t) h v", b=batch, t=size)[:, :length]
+
+
+def block_diagonal(matrices: torch.Tensor, copies: int) -> torch.Tensor:
+    """[T, K, C] as a matrix [(T H K), (T H C)] that holds each of them H = `copies` times on its diagonal."""
+    times, depth, columns = matrices.shape
+    ones = torch.eye(times * copies, dtype=matrices.dtype, device=matrices.device)
+    ones = ones.view(times, copies, 1, times, copies, 1)
+    return (ones * matrices[:, None, :, None, None]).reshape(times * copies * depth, times * copies * columns)
 
 
 def local_tiles(values: torch.Tensor, relative_embeddings: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:

@@ -41,14 +41,14 @@ from transformers import initialization as init
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
     from .configuration_lambdabert import LambdaBertConfig
-    from .lambda_kernels import fastest_outputs
+    from .lambda_kernels import block_outputs, fastest_outputs, prefers_blocks
     from .packing_lambdabert import Packing, Padded
     from .repetitions_lambdabert import Repetitions
 except ImportError:
     if __package__:
         raise
     from configuration_lambdabert import LambdaBertConfig
-    from lambda_kernels import fastest_outputs
+    from lambda_kernels import block_outputs, fastest_outputs, prefers_blocks
     from packing_lambdabert import Packing, Padded
     from repetitions_lambdabert import Repetitions
 
@@ -101,8 +101,25 @@ def global_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tens
     return rearrange(lambdas, "b (n k) v -> b n k v", k=relative_embeddings.shape[1])
 
 
+def values_elsewhere(values: torch.Tensor, width: int, repetitions: Repetitions) -> torch.Tensor:
+    """The mean values around the other occurrences of each place's token.
+
+    Args:
+        values: [B, N, V, U], zero at padding.
+        width: R'; index r is the offset r - R' // 2 from an occurrence.
+        repetitions: which of the B N tokens are the same.
+
+    Returns:
+        [B, N, R' U, V], zero where a token occurs once.
+    """
+    length = values.shape[1]
+    padded = F.pad(values, (0, 0, 0, 0, width // 2, width // 2))
+    around = torch.stack([padded[:, r : r + length] for r in range(width)], dim=2)
+    return repetitions.mean_of_others(rearrange(around, "b m r v u -> b m (r u) v"))
+
+
 def repetition_outputs(
-    queries: torch.Tensor, values: torch.Tensor, repetition_embeddings: torch.Tensor, repetitions: Repetitions
+    queries: torch.Tensor, elsewhere: torch.Tensor, repetition_embeddings: torch.Tensor
 ) -> torch.Tensor:
     """What the repetition lambda adds to the outputs, lr^T Q: T^T Q times the mean values at each offset.
 
@@ -110,17 +127,12 @@ def repetition_outputs(
 
     Args:
         queries: [B, N, H, K]
-        values: [B, N, V, U], zero at padding.
-        repetition_embeddings: T, [R', K, U]; index r is the offset r - R' // 2 from an occurrence.
-        repetitions: which of the B N tokens are the same.
+        elsewhere: `values_elsewhere`, [B, N, R' U, V].
+        repetition_embeddings: T, [R', K, U].
 
     Returns:
-        [B, N, H, V], zero where a token occurs once.
+        [B, N, H, V]
     """
-    width, length = repetition_embeddings.shape[0], values.shape[1]
-    padded = F.pad(values, (0, 0, 0, 0, width // 2, width // 2))
-    around = torch.stack([padded[:, r : r + length] for r in range(width)], dim=2)
-    elsewhere = repetitions.mean_of_others(rearrange(around, "b m r v u -> b m (r u) v"))
     return queries @ rearrange(repetition_embeddings, "r k u -> k (r u)") @ elsewhere
 
 
@@ -362,10 +374,20 @@ class LambdaLayer(nn.Module):
         content = content_lambda(keys, values)
         if self.content_gain is not None:
             content = rearrange(self.content_gain, "k -> k 1").to(content.dtype) * content
+        elsewhere = None
+        if self.repetition_embeddings is not None and repetitions is not None:
+            elsewhere = values_elsewhere(values, len(self.repetition_embeddings), repetitions)
+        if prefers_blocks(queries, self.is_global):
+            if token_mask is not None:  # whatever stands at padding would meet the zeros of its block
+                queries = queries.masked_fill(~token_mask[..., None, None], 0)
+            outputs = block_outputs(
+                queries, content, values, self.relative_embeddings, elsewhere, self.repetition_embeddings
+            )
+            return rearrange(outputs, "b n h v -> b n (h v)"), content
         position_lambda = global_position_lambda if self.is_global else local_position_lambda
         outputs = fastest_outputs(
             queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
         )
-        if self.repetition_embeddings is not None and repetitions is not None:
-            outputs = outputs + repetition_outputs(queries, values, self.repetition_embeddings, repetitions)
+        if elsewhere is not None and self.repetition_embeddings is not None:
+            outputs = outputs + repetition_outputs(queries, elsewhere, self.repetition_embeddings)
         return rearrange(outputs, "b n h v -> b n (h v)"), content

@@ -2,9 +2,19 @@
 
 import torch
 
+MATRIX_LENGTH = 2048  # places of a row up to which a GPU multiplies with a matrix sooner than it scatters
+
+
+def prefers_matrix(token_ids: torch.Tensor) -> bool:
+    """Whether means over the occurrences of tokens [B, N] are products with matrices [N, N]: in short rows on a GPU."""
+    is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return token_ids.device.type == "cuda" and not is_one_graph and token_ids.shape[1] <= MATRIX_LENGTH
+
 
 class Repetitions:
     """The places of each row that hold the same token, in O(N log N) time and O(N) memory.
+
+    In short rows on a GPU, the mean over other occurrences is a product with a matrix instead, in O(N^2).
 
     Args:
         token_ids: [B, N]; a negative one is like no other token.
@@ -15,6 +25,7 @@ class Repetitions:
             token have the same.
         occurs: bool [B, N], whether a place is an occurrence of its token.
         others: [B N, 1], how many other occurrences each place's token has, in float32.
+        same: bool [B, N, N], True at the other occurrences of each place's token; None where there is no matrix.
     """
 
     def __init__(self, token_ids: torch.Tensor, token_mask: torch.Tensor | None):
@@ -27,13 +38,23 @@ class Repetitions:
         self.occurs = token_ids >= 0 if token_mask is None else token_mask & (token_ids >= 0)
         ones = self.occurs.flatten()[:, None].float()
         self.others = self._sum_of_slot(ones) - ones
+        self.same: torch.Tensor | None = None
+        self.matrix: torch.Tensor | None = None  # made from it in the precision of the first layer, for all of them
+        if prefers_matrix(token_ids):
+            slots = self.slots.view(batch, length)
+            self.same = (slots[:, :, None] == slots[:, None]) & self.occurs[:, None]
+            self.same.diagonal(dim1=1, dim2=2).fill_(False)
 
     def mean_of_others(self, given: torch.Tensor) -> torch.Tensor:
         """The mean of [B, N, ...] over the other occurrences of each place's token, in float32 at least while it is
         summed; 0 where there are none."""
         sum_dtype = torch.promote_types(given.dtype, torch.float32)
-        rows = given.flatten(2).flatten(0, 1).to(sum_dtype) * self.occurs.flatten()[:, None]
         others = self.others.to(sum_dtype)
+        if self.same is not None:
+            if self.matrix is None or self.matrix.dtype != given.dtype:
+                self.matrix = (self.same / others.view(*self.occurs.shape, 1).clamp(min=1)).to(given.dtype)
+            return (self.matrix @ given.flatten(2)).view(given.shape)
+        rows = given.flatten(2).flatten(0, 1).to(sum_dtype) * self.occurs.flatten()[:, None]
         mean = (self._sum_of_slot(rows) - rows) * ((others > 0) / others.clamp(min=1))
         return mean.view(given.shape).to(given.dtype)
 

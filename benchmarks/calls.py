@@ -55,8 +55,9 @@ class Call:
         # a training step keeps float32 weights, and half precision is autocast
         weights_dtype = torch.float32 if self.training else dtype
         self.autocast = torch.autocast(self.device.type, dtype=dtype, enabled=weights_dtype != dtype)
-        model = ROWS[name].build(cell.layers, cell.length, self.training)
-        self.model = model.to(self.device, weights_dtype).train(self.training)
+        with self.device:
+            model = ROWS[name].build(cell.layers, cell.length, self.training)
+        self.model = model.to(weights_dtype).train(self.training)
         if "int8" in variations:
             with warnings.catch_warnings(action="ignore"):  # it will move to torchao
                 self.model = torch.ao.quantization.quantize_dynamic(self.model, {nn.Linear}, dtype=torch.qint8)
@@ -133,14 +134,20 @@ def mixed_batch(longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     return random_tokens(*mask.shape) * mask, mask
 
 
+def peak_memory_on_gpu(cell: Cell) -> int:
+    """Peak memory of one call in bytes that are allocated on the GPU, with the model and its optimizer."""
+    a_product = torch.ones(8, 8, device="cuda", dtype=getattr(torch, cell.dtype))
+    a_product @ a_product  # allocates the workspace of all products, which stays
+    before = torch.cuda.memory_allocated()
+    call = Call(cell)
+    call()  # the first training step makes the optimizer's states
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_memory(cell: Cell, threads: int) -> int | None:
-    """Peak memory of one call in bytes, with the model; for a process of its own."""
-    if cell.device == "cuda":
-        call = Call(cell)
-        call()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated()
+    """Peak memory of one call on a CPU in bytes, with the model; for a process of its own."""
     torch.set_num_threads(threads)
     imports = _resident("VmRSS")
     if imports is None:
@@ -164,9 +171,11 @@ def _resident(field: str) -> int | None:
 
 
 def measure_memory(cell: Cell, threads: int) -> int | None:
-    """`peak_memory` in a fresh process."""
+    """Peak memory of one call with its model, in bytes; on a CPU in a fresh process."""
+    if cell.device == "cuda":
+        return peak_memory_on_gpu(cell)
     # processes of a fork server start with the imports done and no thread pool that a fork would break
-    context = multiprocessing.get_context("forkserver" if cell.device == "cpu" else "spawn")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with context.Pool(1) as pool:
         return pool.apply(peak_memory, (cell, threads))

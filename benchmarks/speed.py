@@ -16,8 +16,8 @@ token ids; `--layers` cuts all of them alike. The parts:
               longest length, without padding.
 
 Rows are named in `ROWS` of `encoders.py`, which says what the floor is. `-compiled` and `-int8` rows run only if named.
-Memory is the peak of a call in a fresh process, with the model's weights, gradients and optimizer states: resident
-memory beyond that of the imports on a CPU, allocated memory on a GPU.
+Memory is the peak of a call, with the model's weights, gradients and optimizer states: on a CPU resident memory of a
+fresh process, beyond that of the imports; on a GPU what is allocated for the call.
 
 The tests of the paths that are timed run first, and nothing is timed unless they pass.
 """

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import lambda_kernels
 import lambda_layer
 import reference
+import repetitions_lambdabert
 from lambda_layer import LambdaLayer
 from modeling_lambdabert import LambdaBertModel
 from packing_lambdabert import Packing, Padded
@@ -890,3 +891,69 @@ class TestBadInput:
         layer = random_layer(layer_config(make_config, local_context_size=3, max_position_embeddings=8))
         output, _ = layer(torch.randn(1, 30, 6, dtype=torch.float64), None)
         assert output.shape == (1, 30, 6)
+
+
+class TestWaysOfGpus:
+    """What a GPU takes, taken on a CPU in float64: products of blocks, and means by a matrix."""
+
+    SHAPES = [(6, 3, 4, 2), (8, 2, 3, 1), (5, 1, 1, 1)]
+
+    @pytest.fixture(autouse=True)
+    def take_them(self, monkeypatch):
+        monkeypatch.setattr(lambda_layer, "prefers_blocks", lambda queries, is_global: not is_global)
+        monkeypatch.setattr(repetitions_lambdabert, "prefers_matrix", lambda token_ids: True)
+
+    @pytest.mark.parametrize("kind", [None, "tail", "left", "holes", "empty row"])
+    @pytest.mark.parametrize("length", [1, 7, 8, 63])
+    @pytest.mark.parametrize("scope", [1, 3, 25])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_definition(self, make_config, shape, scope, length, kind):
+        config = layer_config(make_config, shape, local_context_size=scope, content_gain=True)
+        layer = random_layer(config)
+        hidden_states = torch.randn(3, length, shape[0], dtype=torch.float64)
+        mask = None if kind is None else random_mask(kind, 3, length)
+        assert_agrees_with_reference(layer, config, hidden_states, mask)
+
+    @pytest.mark.parametrize("kind", [None, "tail", "holes", "empty row"])
+    @pytest.mark.parametrize("length", [1, 9, 40])
+    @pytest.mark.parametrize("width", [1, 5])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("scope", [3, None])
+    def test_repetitions(self, make_config, scope, shape, width, length, kind):
+        fields = dict(local_context_size=scope, repetition_context_size=width, mask_token_id=4)
+        config = layer_config(make_config, shape, **fields)
+        layer = random_layer(config)
+        hidden_states = torch.randn(3, length, shape[0], dtype=torch.float64)
+        tokens = torch.randint(-1, 4, (3, length))
+        mask = None if kind is None else random_mask(kind, 3, length)
+        assert_agrees_with_reference(layer, config, hidden_states, mask, tokens)
+
+    @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
+    def test_what_stands_at_padding_does_not_matter(self, make_config, garbage):
+        config = layer_config(make_config, local_context_size=5)
+        layer = random_layer(config)
+        hidden_states, mask = torch.randn(3, 21, 6, dtype=torch.float64), random_mask("tail", 3, 21)
+        expected, _ = layer(hidden_states, mask)
+        output, _ = layer(hidden_states.masked_fill(mask[..., None] == 0, garbage), mask)
+        torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], rtol=0, atol=0)
+
+    def test_gradients_are_those_of_the_formulas(self, make_config, monkeypatch):
+        fields = dict(local_context_size=5, repetition_context_size=3, mask_token_id=4, content_gain=True)
+        layer = random_layer(layer_config(make_config, **fields))
+        tokens, mask = torch.randint(-1, 4, (3, 21)), random_mask("holes", 3, 21)
+        hidden_states = torch.randn(3, 21, 6, dtype=torch.float64, requires_grad=True)
+        wanted = [hidden_states, *layer.parameters()]
+
+        def gradients():
+            output, _ = layer(hidden_states, packing=Padded(mask.bool(), tokens))
+            return torch.autograd.grad(output[mask.bool()].square().sum(), wanted)
+
+        found = gradients()
+        monkeypatch.undo()
+        for gradient, expected in zip(found, gradients(), strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_cpu_takes_neither_way_of_gpus():
+    assert not lambda_kernels.prefers_blocks(torch.zeros(1, 8, 4, 8), is_global=False)
+    assert not repetitions_lambdabert.prefers_matrix(torch.zeros(1, 8, dtype=torch.long))
