@@ -83,11 +83,11 @@ def fastest_outputs(
 def prefers_blocks(queries: torch.Tensor, is_global: bool) -> bool:
     """Whether the outputs of queries [B, N, H, K] are computed by `block_outputs`: of a local scope on a GPU.
 
-    A tensor core multiplies zeros faster than memory moves the lambdas [B, N, K, V]. A compiled graph fuses what moves.
+    A tensor core multiplies zeros faster than memory moves the lambdas [B, N, K, V].
     """
-    is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_written_out = torch.compiler.is_exporting() or torch.jit.is_tracing()
     fits = LOCAL_BLOCK * queries.shape[2] * queries.shape[3] <= BLOCK_CHANNELS
-    return queries.device.type == "cuda" and not is_global and not is_one_graph and fits
+    return queries.device.type == "cuda" and not is_global and not is_written_out and fits
 
 
 def block_outputs(
@@ -119,15 +119,16 @@ def block_outputs(
     size, reach = LOCAL_BLOCK, relative_embeddings.shape[0] // 2
     missing = -length % size
     blocks = (length + missing) // size
-    queries = F.pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
+    is_whole = not torch.compiler.is_compiling() and missing == 0  # a compiled graph serves both
+    queries = queries if is_whole else F.pad(queries, (0, 0, 0, 0, 0, missing))
     context = F.pad(rearrange(values, "b m v u -> b m u v"), (0, 0, 0, 0, reach, reach + missing))
-    windows = context.unfold(1, size + 2 * reach, size)
-    rows = [rearrange(windows, "b g u v s -> b g (s u) v"), content[:, None].expand(-1, blocks, -1, -1)]
+    windows = rearrange(context.unfold(1, size + 2 * reach, size), "b g u v s -> b g (s u) v")
+    rows = [windows.contiguous(), content[:, None].expand(-1, blocks, -1, -1).contiguous()]  # joined faster than views
     embeddings = rearrange(toeplitz_matrix(relative_embeddings.to(queries.dtype)), "(t k) s -> t k s", t=size)
     one = torch.eye(key_depth, dtype=queries.dtype, device=queries.device).expand(size, -1, -1)
     factors = [embeddings, one]
     if elsewhere is not None and repetition_embeddings is not None:
-        elsewhere = F.pad(elsewhere, (0, 0, 0, 0, 0, missing)) if missing else elsewhere
+        elsewhere = elsewhere if is_whole else F.pad(elsewhere, (0, 0, 0, 0, 0, missing))
         rows.append(rearrange(elsewhere, "b (g t) r v -> b g (t r) v", t=size))
         own = rearrange(repetition_embeddings.to(queries.dtype), "r k u -> 1 k (r u)").expand(size, -1, -1)
         factors.append(block_diagonal(own, 1).unflatten(0, (size, key_depth)))

@@ -20,6 +20,7 @@ except ImportError:
     from repetitions_lambdabert import Repetitions
 
 GROUP_SPREAD = 0.75  # shortest row of a group over its longest; less makes fewer groups and more padding in them
+ONE_GROUP_ON_GPU = 2**17  # places of a batch whose padding costs a GPU less than starting the kernels of more groups
 
 
 class Padded:
@@ -74,25 +75,29 @@ class RowGroup:
     Attributes:
         tokens: where its t tokens stand in the packed row.
         mask: bool [b, n], True = token, of its b rows cut to the n places of the longest; None where all are tokens.
+        places: [t], the place of each token among the b n; None where all are tokens.
         shape: b, n.
         repetitions: the places of its rows that hold the same token; None where no layer asks.
     """
 
     tokens: slice
     mask: torch.Tensor | None
+    places: torch.Tensor | None
     shape: tuple[int, int]
     repetitions: Repetitions | None = None
 
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, T, C] of all tokens to [b, n, C] of the group's, with zeros at padding."""
         tokens = packed[0, self.tokens]
-        if self.mask is None:
+        if self.places is None:
             return tokens.unflatten(0, self.shape)
-        return tokens.new_zeros(*self.shape, tokens.shape[-1]).masked_scatter(self.mask[..., None], tokens)
+        padded = tokens.new_zeros(self.shape[0] * self.shape[1], tokens.shape[-1])
+        return padded.index_copy(0, self.places, tokens).unflatten(0, self.shape)
 
     def unpad(self, padded: torch.Tensor) -> torch.Tensor:
         """[b, n, C] to the group's tokens in their packed order, [t, C]."""
-        return padded.flatten(0, 1) if self.mask is None else padded[self.mask]
+        tokens = padded.flatten(0, 1)
+        return tokens if self.places is None else tokens[self.places]
 
 
 class Packing:
@@ -122,22 +127,28 @@ class Packing:
         extents = torch.where(token_mask.any(dim=1), ends - firsts, 0).tolist()
         occupied = sorted((row for row in range(batch) if extents[row]), key=lambda row: -extents[row])
 
+        is_one_group = token_mask.device.type == "cuda" and token_mask.numel() <= ONE_GROUP_ON_GPU
+        spread = 0 if is_one_group else GROUP_SPREAD
         self.groups: list[RowGroup] = []
         rows_of_groups, places, start = [], [], 0
         while occupied:
             longest = extents[occupied[0]]
-            count = sum(extents[row] >= GROUP_SPREAD * longest for row in occupied)
+            count = sum(extents[row] >= spread * longest for row in occupied)
             rows = torch.tensor(occupied[:count], device=token_mask.device)
             occupied = occupied[count:]
             columns = firsts[rows, None] + torch.arange(longest, device=token_mask.device)
             within = rows[:, None], columns.clamp(max=length - 1)
             mask = (columns < length) & token_mask[within]
             repetitions = None if token_ids is None else Repetitions(token_ids[within], mask)
+            of_tokens = mask.flatten().nonzero()[:, 0]
             rows_of_groups.append(rows)
-            places.append((rows[:, None] * length + columns)[mask])
-            tokens = slice(start, start + len(places[-1]))
-            has_gaps = len(places[-1]) < mask.numel()
-            self.groups.append(RowGroup(tokens, mask if has_gaps else None, (count, longest), repetitions))
+            places.append((rows[:, None] * length + columns).flatten()[of_tokens])
+            tokens = slice(start, start + len(of_tokens))
+            shape = count, longest
+            if len(of_tokens) == mask.numel():
+                self.groups.append(RowGroup(tokens, None, None, shape, repetitions))
+            else:
+                self.groups.append(RowGroup(tokens, mask, of_tokens, shape, repetitions))
             start = tokens.stop
         self.rows = torch.cat(rows_of_groups)
         self.places = torch.cat(places)

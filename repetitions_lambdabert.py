@@ -7,8 +7,8 @@ MATRIX_LENGTH = 2048  # places of a row up to which a GPU multiplies with a matr
 
 def prefers_matrix(token_ids: torch.Tensor) -> bool:
     """Whether means over the occurrences of tokens [B, N] are products with matrices [N, N]: in short rows on a GPU."""
-    is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return token_ids.device.type == "cuda" and not is_one_graph and token_ids.shape[1] <= MATRIX_LENGTH
+    is_written_out = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return token_ids.device.type == "cuda" and not is_written_out and token_ids.shape[1] <= MATRIX_LENGTH
 
 
 class Repetitions:

@@ -7,6 +7,7 @@ import torch
 
 import modeling_lambdabert as modeling
 import run_language_modeling
+from packing_lambdabert import Packing
 from training_support import recipe_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -125,3 +126,10 @@ def test_pretraining_resumes(text, tmp_path, precision):
         ids = torch.arange(10, 40, device="cuda")[None]
         losses.append(model(ids, labels=ids).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if precision == "no" else 0.02)
+
+
+def test_rows_of_all_lengths_are_one_group():
+    """Each group of rows starts kernels of its own, which cost a GPU more than padding does."""
+    lengths = torch.tensor([200, 40, 1, 130])
+    packing = Packing((torch.arange(200) < lengths[:, None]).cuda())
+    assert [group.shape for group in packing.groups] == [(4, 200)]
