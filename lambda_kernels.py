@@ -25,7 +25,7 @@ from torch.nn import functional as F
 LOCAL_BLOCK = 8  # T, query positions of one dense product; the fastest of 2 to 32 for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the product with the whole Toeplitz matrix is faster than the FFT
 DIRECT_LENGTH_ON_GPU = 512
-BLOCK_CHANNELS = 1024  # T H K up to which `block_outputs` is used: its matrix of weights grows with the square of H
+BLOCK_CHANNELS = 2048  # T H K up to which `block_outputs` is used: its matrix of weights grows with the square of H
 TILE = 256  # query positions whose lambdas, 0.8 MB at K = 8 and V = 96, fit into a core's second-level cache
 FFT_TILE = 2**18  # numbers in the lambdas of one FFT, 1 MB: more of them do not stay in the cache
 FFT_DEPTHS = 8  # value depths of one FFT at least; the lambdas are written 8 numbers, half a cache line, at a time
