@@ -117,8 +117,8 @@ def block_outputs(
     """
     batch, length, num_queries, key_depth = queries.shape
     size, reach = LOCAL_BLOCK, relative_embeddings.shape[0] // 2
-    missing = -length % size
-    blocks = (length + missing) // size
+    blocks = (length + size - 1) // size
+    missing = blocks * size - length
     is_whole = not torch.compiler.is_compiling() and missing == 0  # a compiled graph serves both
     queries = queries if is_whole else F.pad(queries, (0, 0, 0, 0, 0, missing))
     context = F.pad(rearrange(values, "b m v u -> b m u v"), (0, 0, 0, 0, reach, reach + missing))

@@ -937,6 +937,13 @@ class TestWaysOfGpus:
         output, _ = layer(hidden_states.masked_fill(mask[..., None] == 0, garbage), mask)
         torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], rtol=0, atol=0)
 
+    def test_a_compiled_graph_serves_other_lengths(self, make_config):
+        layer = random_layer(layer_config(make_config, local_context_size=5))
+        compiled = torch.compile(layer, backend="eager", dynamic=True)
+        for length in (9, 16, 23):
+            hidden_states = torch.randn(3, length, 6, dtype=torch.float64)
+            torch.testing.assert_close(compiled(hidden_states), layer(hidden_states), rtol=1e-10, atol=1e-10)
+
     def test_gradients_are_those_of_the_formulas(self, make_config, monkeypatch):
         fields = dict(local_context_size=5, repetition_context_size=3, mask_token_id=4, content_gain=True)
         layer = random_layer(layer_config(make_config, **fields))

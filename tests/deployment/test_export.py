@@ -276,6 +276,22 @@ def test_sentence_vectors_are_the_same_in_onnxruntime(sentence_student, text, tm
     np.testing.assert_allclose(names["vectors"], student.encode(texts), atol=1e-5)
 
 
+def test_max_pooling_of_a_text_without_tokens_is_minus_infinity_in_both(sentence_student, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    modules = sentence_transformers.sentence_transformer.modules
+    _, student = sentence_student
+    student = sentence_transformers.SentenceTransformer(modules=[student[0], modules.Pooling(24, "max")], device="cpu")
+    student.save(str(tmp_path / "sentences"))
+    assert command.main([str(tmp_path / "sentences"), "--output", str(tmp_path / "onnx")]) == 0
+    call = checks.onnx_call(tmp_path / "onnx" / "model.onnx")
+    inputs = student.preprocess(["the fox sees a red boat", "night"])
+    mask = inputs["attention_mask"]
+    ids = {"token_type_ids": torch.zeros_like(mask), "input_ids": inputs["input_ids"], "attention_mask": mask}
+    found = call(ids)["sentence_embedding"]
+    np.testing.assert_allclose(found, student.encode(["the fox sees a red boat", "night"]), atol=1e-5)
+    assert (call(ids | {"attention_mask": torch.zeros_like(mask)})["sentence_embedding"] == -torch.inf).all()
+
+
 def test_example_runs_a_pipeline(make_config, tmp_path):
     model = save_model(tmp_path / "model", make_config, "LambdaBertForMaskedLM", 5, "none")
     export_model(tmp_path / "model", tmp_path / "onnx")
