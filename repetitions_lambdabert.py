@@ -3,12 +3,15 @@
 import torch
 
 MATRIX_LENGTH = 2048  # places of a row up to which a GPU multiplies with a matrix sooner than it scatters
+MATRIX_NUMBERS = 2**28  # in the matrices of a batch at most, 0.5 GB in bfloat16
 
 
 def prefers_matrix(token_ids: torch.Tensor) -> bool:
     """Whether means over the occurrences of tokens [B, N] are products with matrices [N, N]: in short rows on a GPU."""
     is_written_out = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return token_ids.device.type == "cuda" and not is_written_out and token_ids.shape[1] <= MATRIX_LENGTH
+    batch, length = token_ids.shape
+    fits = length <= MATRIX_LENGTH and batch * length**2 <= MATRIX_NUMBERS
+    return token_ids.device.type == "cuda" and not is_written_out and fits
 
 
 class Repetitions:
