@@ -39,14 +39,16 @@ class Repetitions:
         rows = torch.arange(batch, device=token_ids.device)[:, None]
         self.slots = (rows * length + torch.zeros_like(ranks).scatter(1, places, ranks)).flatten()
         self.occurs = token_ids >= 0 if token_mask is None else token_mask & (token_ids >= 0)
-        ones = self.occurs.flatten()[:, None].float()
-        self.others = self._sum_of_slot(ones) - ones
         self.same: torch.Tensor | None = None
         self.matrix: torch.Tensor | None = None  # made from it in the precision of the first layer, for all of them
         if prefers_matrix(token_ids):
             slots = self.slots.view(batch, length)
             self.same = (slots[:, :, None] == slots[:, None]) & self.occurs[:, None]
             self.same.diagonal(dim1=1, dim2=2).fill_(False)
+            self.others = self.same.sum(dim=2).flatten()[:, None].float()
+        else:
+            ones = self.occurs.flatten()[:, None].float()
+            self.others = self._sum_of_slot(ones) - ones
 
     def mean_of_others(self, given: torch.Tensor) -> torch.Tensor:
         """The mean of [B, N, ...] over the other occurrences of each place's token, in float32 at least while it is
