@@ -17,7 +17,7 @@ from lambdabert.training.report import CONFIG_FIELDS
 from modeling_lambdabert import LambdaBertForMaskedLM
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
-NAMES = ("wikipedia-small", "wikipedia-512", "wikipedia-repetitions")
+NAMES = ("wikipedia-small", "wikipedia-512", "wikipedia-repetitions", "wikipedia-512-repetitions")
 TEXT = (
     "The village lies on the south bank of the river, a few miles north of the city. It was founded in the early 19th "
     "century, and the first school was opened in 1874. Most of the people who live there work in the city."
