@@ -260,6 +260,8 @@ def run_swap(args: argparse.Namespace) -> None:
 
 def run_topics(args: argparse.Namespace) -> None:
     texts, topics = read_texts(args.file)
+    if len(texts) < 3:
+        raise ValueError(f"{args.file}: {len(texts)} texts, of which none is nearer than another; give 3 or more.")
     if not 1 <= args.neighbours < len(texts):
         raise ValueError(
             f"neighbours={args.neighbours}: {args.file} has {len(texts)} texts; give 1 ... {len(texts) - 1}."

@@ -340,7 +340,7 @@ class TestRefusals:
             (("swap", "the fox", "a", "b"), "text: 3 given"),
             (("topics", "none.txt"), "file=none.txt cannot be read"),
             (("topics", "empty.txt"), "file=empty.txt holds no text"),
-            (("topics", "one.txt"), "neighbours=5: one.txt has 2 texts"),
+            (("topics", "one.txt"), "one.txt: 2 texts, of which none is nearer than another; give 3 or more."),
             (("topics", "shape.tsv"), "file=shape.tsv has the columns"),
             (("probe", "none.tsv"), "task=none.tsv cannot be read"),
             (("probe", "shape.tsv"), "task=shape.tsv lacks the column split"),
