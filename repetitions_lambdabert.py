@@ -8,10 +8,10 @@ MATRIX_NUMBERS = 2**28  # in the matrices of a batch at most, 0.5 GB in bfloat16
 
 def prefers_matrix(token_ids: torch.Tensor) -> bool:
     """Whether means over the occurrences of tokens [B, N] are products with matrices [N, N]: in short rows on a GPU."""
-    is_written_out = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if token_ids.device.type != "cuda" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False  # before a size is looked at, which would bound that of an exported program
     batch, length = token_ids.shape
-    fits = length <= MATRIX_LENGTH and batch * length**2 <= MATRIX_NUMBERS
-    return token_ids.device.type == "cuda" and not is_written_out and fits
+    return length <= MATRIX_LENGTH and batch * length**2 <= MATRIX_NUMBERS
 
 
 class Repetitions:

@@ -34,6 +34,7 @@ CASES = [
     )
     for i, name in enumerate(CLASS_NAMES)
 ]
+CASES.append(("LambdaBertForMaskedLM", 5, "none", "cls", "float32", 3))  # what the pretraining command makes
 
 
 def save_model(folder, make_config, name, scope, positions, dtype="float32", **fields):
