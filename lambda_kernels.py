@@ -1,6 +1,6 @@
 """The outputs of a lambda layer by faster ways than its formulas, and equal to theirs up to rounding.
 
-`fastest_outputs` is the one place where a way is chosen:
+`prefers_blocks` and `fastest_outputs` choose the way:
 
 - a local scope, by dense products with blocks of a Toeplitz matrix, in O(N);
 - a global scope, by an FFT, in O(N log N); up to `DIRECT_LENGTH` tokens the formula itself is faster;

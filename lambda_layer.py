@@ -383,11 +383,11 @@ class LambdaLayer(nn.Module):
             outputs = block_outputs(
                 queries, content, values, self.relative_embeddings, elsewhere, self.repetition_embeddings
             )
-            return rearrange(outputs, "b n h v -> b n (h v)"), content
-        position_lambda = global_position_lambda if self.is_global else local_position_lambda
-        outputs = fastest_outputs(
-            queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
-        )
-        if elsewhere is not None and self.repetition_embeddings is not None:
-            outputs = outputs + repetition_outputs(queries, elsewhere, self.repetition_embeddings)
+        else:
+            position_lambda = global_position_lambda if self.is_global else local_position_lambda
+            outputs = fastest_outputs(
+                queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
+            )
+            if elsewhere is not None and self.repetition_embeddings is not None:
+                outputs = outputs + repetition_outputs(queries, elsewhere, self.repetition_embeddings)
         return rearrange(outputs, "b n h v -> b n (h v)"), content
