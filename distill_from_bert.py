@@ -40,7 +40,7 @@ from lambdabert.training.recipes import parse_overrides
 from lambdabert.training.rehearsal import TINY_SHAPE
 from lambdabert.training.report import describe_data, describe_recipe, plot_curves, quoted, read_template
 from lambdabert.training.run import Documents, TrainingRun
-from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
+from lambdabert.training.settings import SCHEDULES_BY_EVALUATION, examples_of_a_step
 from lambdabert.training.trainer import InterruptibleTrainer
 
 TEMPLATES = "lambdabert.distillation"
@@ -293,7 +293,7 @@ class Distillation(TrainingRun):
     def check_examples(self) -> None:
         """Refuses a text of fewer examples than a step takes. Raises ValueError."""
         args, examples = self.training_args, self.examples.get("train")
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step = examples_of_a_step(args)
         if isinstance(examples, Dataset) and len(examples) < step and not args.dry_run:
             raise ValueError(
                 f"The text makes {len(examples)} examples, fewer than the {step} of one step: give more text, or lower "

@@ -52,6 +52,7 @@ from lambdabert.training.report import (
     unigram_baseline,
 )
 from lambdabert.training.run import Documents, TrainingRun
+from lambdabert.training.settings import examples_of_a_step
 from lambdabert.training.tokenizers import load_tokenizer
 from lambdabert.training.trainer import InterruptibleTrainer, PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
@@ -195,8 +196,7 @@ class Pretraining(TrainingRun):
         """Sets the rate of a new model, unless one was given."""
         args = self.training_args
         if self.trains and self.model_args.model_name_or_path is None and "learning_rate" not in args.given:
-            examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            tokens = examples * self.data_args.max_seq_length
+            tokens = examples_of_a_step(args) * self.data_args.max_seq_length
             args.learning_rate = peak_learning_rate(config.num_hidden_layers, config.hidden_size, tokens)
             logger.info(f"The peak learning rate is {args.learning_rate:.2g}, for a new model of this size.")
 

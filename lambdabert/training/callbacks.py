@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lambdabert.training.output_folder import record_run
+from lambdabert.training.settings import BATCH_FIELDS, EXAMPLES_OF_A_STEP, examples_of_a_step
 
 
 class Interruptible(Protocol):
@@ -45,6 +46,7 @@ class StopTogether(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.restore()  # an attempt that ran out of memory has left its own
         self.previous = {number: signal.signal(number, self._receive) for number in self.signals}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -100,8 +102,17 @@ class OwnSchedule(TrainerCallback):
         self.trainer.lr_scheduler = self.trainer.callback_handler.lr_scheduler = resumed
 
 
+def use_batch_of(state: TrainerState, args: TrainingArguments) -> None:
+    """Sets the arguments to the batch that training has found to fit into memory."""
+    args.per_device_train_batch_size = state.train_batch_size // max(1, args.n_gpu)
+
+
 class RecordRun(TrainerCallback):
-    """Records the run in its output folder before its first step, when all that can be refused has been."""
+    """Records the run in its output folder before its first step, when all that can be refused has been.
+
+    With `auto_find_batch_size` each attempt begins anew, with half the examples of the one that ran out of memory: the
+    arguments and the record then hold the batch that fits.
+    """
 
     def __init__(self, record: dict[str, Any]):
         self.record = record
@@ -109,5 +120,12 @@ class RecordRun(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.auto_find_batch_size:
+            use_batch_of(state, args)
+            training = self.record["training"]
+            found = {name: getattr(args, name) for name in BATCH_FIELDS} | {
+                EXAMPLES_OF_A_STEP: examples_of_a_step(args)
+            }
+            training |= {name: value for name, value in found.items() if name in training}
         if state.is_world_process_zero:
             record_run(str(args.output_dir), self.record)

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from lambdabert.text.arguments import TextArguments
 from lambdabert.text.examples import count_tokens
 from lambdabert.text.preparation import PreparationSummary
-from lambdabert.training.settings import with_earlier_values
+from lambdabert.training.settings import examples_of_a_step, with_earlier_values
 from modeling_lambdabert import LambdaBertForMaskedLM
 
 History = list[dict[str, float]]
@@ -68,11 +68,10 @@ def describe_run(
     model: PreTrainedModel, summaries: Mapping[str, PreparationSummary], steps: int, args: TrainingArguments
 ) -> str:
     """The lines that a run starts with."""
-    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     lines = [f"{type(model).__name__}: {model.num_parameters():,} parameters"]
     lines += [f"{split}: {summary}" for split, summary in summaries.items()]
     lines += [
-        f"{steps:,} steps of {examples} examples on {args.world_size} process(es), {args.device}",
+        f"{steps:,} steps of {examples_of_a_step(args)} examples on {args.world_size} process(es), {args.device}",
         f"output folder: {args.output_dir}",
     ]
     return "\n".join(lines)

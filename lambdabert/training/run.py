@@ -20,7 +20,7 @@ from lambdabert.text.masks import MaskingCollator
 from lambdabert.text.preparation import PreparationSummary, prepare_examples
 from lambdabert.text.sources import load_corpus
 from lambdabert.training.arguments import RunArguments
-from lambdabert.training.callbacks import RecordRun
+from lambdabert.training.callbacks import RecordRun, use_batch_of
 from lambdabert.training.checkpoints import (
     CheckpointError,
     last_complete_checkpoint,
@@ -113,6 +113,8 @@ class TrainingRun(ABC):
         self.make_examples(documents)
         self.check_examples()
         self.start_from_text()
+        if self.checkpoint and self.training_args.auto_find_batch_size:
+            use_batch_of(read_state(self.checkpoint), self.training_args)
         self.settings = self.describe()
         self.check_record()
 
@@ -405,6 +407,7 @@ class TrainingRun(ABC):
         else:
             logger.info(f"Resuming from {self.checkpoint}, step {state.global_step} of {self.steps}.")
             trainer.train(str(self.checkpoint), earlier=self.changed_rates(state.global_step))
+        self.steps = trainer.state.max_steps  # more epochs' worth where a smaller batch was found to fit
         if trainer.stop.received:
             logger.info(
                 f"Stopped by {trainer.stop.received} after step {trainer.state.global_step}, with a checkpoint; "

@@ -56,6 +56,11 @@ RATE_FIELDS = (
 )
 
 
+def examples_of_a_step(args: TrainingArguments) -> int:
+    """How many examples all devices and processes together learn from in one step."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def depends_on_evaluation(args: TrainingArguments) -> bool:
     """Whether evaluations decide the learning rate, or which weights are the result."""
     return args.load_best_model_at_end or args.lr_scheduler_type in SCHEDULES_BY_EVALUATION
@@ -72,7 +77,7 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
         ignored -= {*BATCH_FIELDS}
     settings = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
     settings = {name: value for name, value in settings.items() if name not in ignored}
-    return settings | {EXAMPLES_OF_A_STEP: args.train_batch_size * args.gradient_accumulation_steps * args.world_size}
+    return settings | {EXAMPLES_OF_A_STEP: examples_of_a_step(args)}
 
 
 def fingerprint(examples: Any) -> str | None:

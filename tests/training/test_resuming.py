@@ -17,6 +17,7 @@ from transformers import modeling_utils
 
 import run_language_modeling
 from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
+from lambdabert.training.trainer import PretrainingTrainer
 from training_support import (
     assert_same_weights,
     complaint,
@@ -68,6 +69,38 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
     assert not (output_dir / "metrics.json").exists()
     assert finish(start_command([recipe], log)) == [0], log.read_text()
     assert_same_weights(finished, output_dir)
+
+
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 8}, {"max_steps": None, "num_train_epochs": 2.0}], ids=["steps", "epochs"]
+)
+def test_batch_that_was_found_to_fit_is_recorded_and_resumed(text, tmp_path, monkeypatch, length):
+    training_step, kill_at = PretrainingTrainer.training_step, []
+
+    def small_memory(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if kill_at == [self.state.global_step]:
+            kill_at.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, model, inputs, *args)
+
+    monkeypatch.setattr(PretrainingTrainer, "training_step", small_memory)
+    values = dict(auto_find_batch_size=True, per_device_train_batch_size=8, learning_rate=None, **length)
+    recipes = [recipe_for(text, tmp_path / name, **values) for name in ("whole", "killed")]
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert run_language_modeling.main([recipes[0]]) == 0
+    record = json.loads((tmp_path / "whole" / "run_settings.json").read_text())
+    assert record["training"]["per_device_train_batch_size x gradient_accumulation_steps x processes"] == 4
+    assert "| per_device_train_batch_size | 2 |" in (tmp_path / "whole" / "README.md").read_text()
+    kill_at.append(5)
+    assert run_language_modeling.main([recipes[1]]) == 0 and not (tmp_path / "killed" / "metrics.json").exists()
+    assert run_language_modeling.main([recipes[1]]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    before = contents(tmp_path / "whole")
+    assert run_language_modeling.main([recipes[0]]) == 0
+    assert contents(tmp_path / "whole") == before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
 def test_stream_goes_on_in_a_later_pass(text, tmp_path, capfd):
