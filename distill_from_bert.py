@@ -3,9 +3,8 @@
     python distill_from_bert.py --teacher google-bert/bert-base-uncased --output_dir=models --do_train --do_eval
     python distill_from_bert.py configs/minilm.json --train_file my_text.txt
 
-Without `do_train` and `do_eval`, it trains and evaluates. Options come from `TeacherArguments`,
-`DistillationDataArguments` and the Trainer's arguments; a JSON file of them may come first, and flags after it win. The
-same command started again resumes from the last complete checkpoint of `output_dir`.
+Without `do_train` and `do_eval`, it trains and evaluates. A JSON file of options may come first, and flags after it
+win. The same command started again resumes from the last complete checkpoint of `output_dir`.
 """
 
 import sys
@@ -59,6 +58,7 @@ MASKING_OPTIONS = (
 class TeacherArguments:
     """The BERT to convert, what its lambda layers are like, and what is learned from it."""
 
+    _argument_group_name = "teacher and model"
     teacher: str | None = field(
         default=None, metadata={"help": "A folder or hub name of a BERT, or of a sentence-transformers model of one."}
     )
@@ -392,7 +392,7 @@ class Distillation(TrainingRun):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return run_training_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Distillation)
+    return run_training_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Distillation, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Looks inside a LambdaBERT: what its lambdas hold, as a page, figures and tables.
+r"""Looks inside a LambdaBERT: what its lambdas hold, as a page, figures and tables.
 
     python interpret_lambdas.py map "In 1914 the First World [MASK] began." --model checkpoints/wikipedia-small \
         --output war.html war.svg
@@ -343,6 +343,8 @@ def run_faithfulness(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     check_outputs(args)
     args.run(args)
+    for name in args.output:
+        print(f"wrote {name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,9 +4,8 @@
     python run_language_modeling.py --sop
     python run_language_modeling.py configs/demo.json --output_dir=models/demo
 
-The second means the first: without `do_train` and `do_eval`, it trains and evaluates. Options come from
-`ModelArguments`, `DataArguments` and the Trainer's arguments; a JSON file of them may come first, and flags after it
-win. The same command started again resumes from the last complete checkpoint of `output_dir`.
+The second means the first: without `do_train` and `do_eval`, it trains and evaluates. A JSON file of options may come
+first, and flags after it win. The same command started again resumes from the last complete checkpoint of `output_dir`.
 """
 
 import logging
@@ -75,6 +74,7 @@ COUNTED_EXAMPLES = 20_000
 class ModelArguments:
     """The model and its tokenizer."""
 
+    _argument_group_name = "model"
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A LambdaBERT to train further; without it the model starts at random."},
@@ -321,7 +321,7 @@ class Pretraining(TrainingRun):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    return run_training_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Pretraining)
+    return run_training_command(sys.argv[1:] if argv is None else argv, ARGUMENT_GROUPS, Pretraining, __doc__)
 
 
 if __name__ == "__main__":

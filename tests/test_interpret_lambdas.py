@@ -88,7 +88,7 @@ class TestMap:
         status, out, errors = interpret(
             "map", "the fox [MASK] a dog", "--output", "a.html", "a.svg", "a.png", kind=kind
         )
-        assert (status, out, errors) == (0, "", "")
+        assert (status, out, errors) == (0, "wrote a.html\nwrote a.svg\nwrote a.png\n", "")
         page = (tmp_path / "a.html").read_text(encoding="utf-8")
         assert ("The prediction" in page) == (kind in ("ForMaskedLM", "ForSequenceClassification"))
         drawing = (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -227,7 +227,7 @@ class TestTopics:
         status, out, _ = interpret("topics", "texts.txt", "--neighbours", "2", "--output", "a.json")
         found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
         assert status == 0 and found["texts"] == SENTENCES and len(found["rows"]) == 5
-        assert [len(row["nearest"][0]) for row in found["rows"]] == [2] * 5 and len(out.splitlines()) == 2 + 4
+        assert [len(row["nearest"][0]) for row in found["rows"]] == [2] * 5 and len(out.splitlines()) == 2 + 4 + 1
         status, out, _ = interpret("topics", "texts.tsv", "--neighbours", "1")
         assert status == 0 and re.search(r"chance +0\.333", out)
 

@@ -35,9 +35,10 @@ def feature_rows(
 def model_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
     """Rows of the texts and of a model.
 
-    Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding", and for each
-    layer i "mean hidden state i" (its output), "mean value i", "content lambda i" and "random-key content lambda i", in
-    which only the keys are random; "content lambda, all layers". Means are over real tokens; layers count from 0.
+    Of the text alone: "majority" (nothing), "length", "bag of words". Of the model: "mean embedding" (of words and
+    segments, without positions), and for each layer i "mean hidden state i" (its output), "mean value i", "content
+    lambda i" and "random-key content lambda i", in which only the keys are random; "content lambda, all layers". Means
+    are over real tokens; layers count from 0.
 
     Args, raises: as in `feature_rows`.
     """
@@ -52,7 +53,7 @@ def model_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], see
         add("length", mask.sum(1, keepdim=True))
         words = torch.zeros(len(mask), encoder.config.vocab_size, device=mask.device)
         add("bag of words", words.scatter_add_(1, inputs["input_ids"], mask.float()))
-        add("mean embedding", mean_of_tokens(trace.outputs.hidden_states[0], mask))
+        add("mean embedding", mean_of_tokens(word_embeddings(encoder, inputs), mask))
         for i, layer in enumerate(trace.layers):
             add(f"mean value {i}", mean_of_tokens(layer.values.flatten(2), mask))
             keys = project_keys(learned[i], layer.hidden_states @ key_weights[i].T, mask)
@@ -110,6 +111,14 @@ def _in_rows(encoder: Any, batches: Sequence[Mapping[str, Any]]) -> list[dict[st
         raise ValueError("batches=[]: there is no text to take features of; give one or more.")
     named = [model_inputs(encoder, inputs) for inputs in batches]
     return [{name: value.flatten(0, -2) for name, value in inputs.items()} for inputs in named]
+
+
+@torch.no_grad()
+def word_embeddings(encoder: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, N, D], the encoder's input without position embeddings, which would tell a text's length."""
+    embeddings, ids = encoder.embeddings, inputs["input_ids"]
+    segments = inputs.get("token_type_ids", torch.zeros_like(ids))
+    return embeddings.LayerNorm(embeddings.word_embeddings(ids) + embeddings.token_type_embeddings(segments))
 
 
 def mean_of_tokens(of_tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

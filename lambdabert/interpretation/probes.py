@@ -1,8 +1,8 @@
 """Linear probes: what can be read from features, beside what a probe learns by heart and what it costs in bits.
 
-Logistic regression on standardised features, its strength chosen on dev. Control tasks and selectivity: Hewitt & Liang,
-"Designing and Interpreting Probes with Control Tasks", arXiv 1909.03368. Online codelength: Voita & Titov,
-"Information-Theoretic Probing with Minimum Description Length", arXiv 2003.12298.
+Logistic regression on standardised features, or on counts of words in their proportions, its strength chosen on dev.
+Control tasks and selectivity: Hewitt & Liang, "Designing and Interpreting Probes with Control Tasks", arXiv 1909.03368.
+Online codelength: Voita & Titov, "Information-Theoretic Probing with Minimum Description Length", arXiv 2003.12298.
 """
 
 import math
@@ -235,6 +235,9 @@ def _parts(
 def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
     """Features [S, F] standardised by train's, and turned into its principal components where that leaves fewer.
 
+    Sparse features, which are counts of words, are divided by one scale, by which they have the same variance in all: a
+    scale for each would make the rarest words the longest axes, and principal components of little else.
+
     All components of more features than examples change no probe: its penalty is that of a length, and what no example
     of train has keeps a weight of 0. What labels are given, and in which order, plays no part.
 
@@ -246,11 +249,17 @@ def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     if not isinstance(table, np.ndarray):
+        occurring = table[train].count_nonzero(axis=0) > 0
+        if not occurring.any():  # as in the content lambda of a new model, whose gain is 0
+            return np.zeros((table.shape[0], 1), dtype=np.float32)
+        variances = StandardScaler(with_mean=False).fit(table[train]).var_
+        table = table / np.sqrt(variances[occurring].mean(), dtype=np.float32)
         if dimension is None or dimension >= min(table.shape):
-            # the intercept has no penalty, so that a mean left in changes nothing but the intercept
-            return StandardScaler(with_mean=False).fit(table[train]).transform(table)
-        table = table[:, table[train].count_nonzero(axis=0) > 0].toarray()
-    scaled = StandardScaler().fit(table[train]).transform(table)
+            return table  # the intercept has no penalty, so that a mean left in changes nothing but the intercept
+        table = table[:, occurring].toarray()
+        scaled = table - table[train].mean(axis=0)
+    else:
+        scaled = StandardScaler().fit(table[train]).transform(table)
     examples, features = scaled[train].shape
     components = min(dimension or features, examples, features)
     return scaled if components == features else scaled @ _principal_axes(scaled[train], components)

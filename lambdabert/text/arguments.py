@@ -19,6 +19,7 @@ class CorpusArguments:
         ValueError: If two sources are given, or a field holds a value that it cannot have.
     """
 
+    _argument_group_name = "text"
     dataset_name: str | None = field(
         default=None,
         metadata={

@@ -1,7 +1,7 @@
 """The options of the commands that train, read from flags and a recipe."""
 
 import dataclasses
-from argparse import Namespace
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints
 
@@ -10,6 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from lambdabert.training.option_rules import (
     DEFAULT_OUTPUT_DIR,
+    REFUSED,
     check_effects,
     check_refused,
     check_values,
@@ -28,6 +29,7 @@ class RunArguments(TrainingArguments):
         notes: what the log is to say about the options.
     """
 
+    _argument_group_name = "training, as the Trainer of transformers does it"
     output_dir: str | None = field(
         default=DEFAULT_OUTPUT_DIR, metadata={"help": "The folder that checkpoints, model and report are written to."}
     )
@@ -75,8 +77,29 @@ class RunArguments(TrainingArguments):
         return 0 if num_training_steps == 1 else super().get_warmup_steps(num_training_steps)
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Names defaults, and keeps the lines of the description."""
+
+
 class OneLineParser(HfArgumentParser):
-    """Reports a mistake as a `ValueError` instead of printing all options."""
+    """Reports a mistake as a `ValueError` instead of printing all options, and shows none that is refused.
+
+    Args:
+        groups: the dataclasses of the options.
+        description: what the command does, for `--help`.
+    """
+
+    def __init__(self, groups: tuple[Any, ...], description: str | None):
+        super().__init__(
+            groups,
+            allow_abbrev=False,
+            usage="%(prog)s [RECIPE.json] [options]",
+            description=description,
+            formatter_class=HelpFormatter,
+        )
+        for action in self._actions:
+            if action.dest in REFUSED:
+                action.help = SUPPRESS
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (--help lists all options)")
@@ -93,7 +116,7 @@ def list_options(groups: tuple[Any, ...]) -> dict[str, Option]:
     return options
 
 
-def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]:
+def parse_arguments(argv: list[str], groups: tuple[Any, ...], description: str | None = None) -> tuple[Any, ...]:
     """Reads flags, or a JSON file followed by flags that override it.
 
     Without `do_train` and `do_eval` among them, both are assumed.
@@ -101,6 +124,7 @@ def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]
     Args:
         argv: what the command was given.
         groups: the dataclasses of its options; if it trains, `RunArguments` among them.
+        description: what it does, for `--help`.
 
     Returns:
         One instance of each group.
@@ -113,7 +137,7 @@ def parse_arguments(argv: list[str], groups: tuple[Any, ...]) -> tuple[Any, ...]
     recipe: dict[str, Any] = {}
     if argv and argv[0].endswith(".json"):
         recipe, argv = read_recipe(argv[0], options), argv[1:]
-    read = OneLineParser(groups, allow_abbrev=False).parse_args(argv, Namespace(**dict.fromkeys(options)))
+    read = OneLineParser(groups, description).parse_args(argv, Namespace(**dict.fromkeys(options)))
     flags = {name: value for name, value in vars(read).items() if value is not None}
     values = {**recipe, **flags}
     check_values(values)

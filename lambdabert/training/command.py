@@ -28,19 +28,22 @@ def set_up_logging(training_args: RunArguments) -> None:
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
 
 
-def run_training_command(argv: list[str], groups: tuple[Any, ...], run_class: type[TrainingRun]) -> int:
+def run_training_command(
+    argv: list[str], groups: tuple[Any, ...], run_class: type[TrainingRun], description: str | None = None
+) -> int:
     """Runs a command that trains.
 
     Args:
         argv: its arguments.
         groups: the dataclasses of its options: model, data, training.
         run_class: its run.
+        description: what it does, for `--help`.
 
     Returns:
         The exit status.
     """
     try:
-        arguments = parse_arguments(argv, groups)
+        arguments = parse_arguments(argv, groups, description)
         set_up_logging(arguments[-1])
         for note in arguments[-1].notes:
             logger.info(note)

@@ -72,14 +72,25 @@ class TestProbe:
         assert abs(found.accuracy - 0.5) < 0.25  # members in train would give all away
         assert found.control_accuracy > 0.95 and found.selectivity < -0.4
 
-    def test_sparse_features_are_read_as_dense_ones(self, separable, monkeypatch):
-        features, labels = separable
-        features = np.hstack([np.round(features), np.zeros((200, 200))]).clip(0)
-        sparse = probe(features, labels)
-        monkeypatch.setattr("lambdabert.interpretation.probes.SPARSE", 0)
-        dense = probe(features, labels)
-        assert torch.equal(sparse.correct, dense.correct)
-        assert math.isclose(sparse.codelength, dense.codelength, rel_tol=1e-2)
+    @pytest.mark.parametrize("dimension", [None, 5])
+    def test_counts_of_words_keep_their_proportions(self, monkeypatch, dimension):
+        monkeypatch.setattr("lambdabert.interpretation.probes.KEPT", 1)
+        monkeypatch.setattr("lambdabert.interpretation.probes.STRENGTHS", (0.1,))
+        generator = np.random.default_rng(0)
+        labels = generator.integers(0, 2, 200)
+        counts = np.zeros((200, 2000))
+        counts[np.arange(200)[:, None], generator.integers(2, 2000, (200, 12))] = 1  # words that tell nothing
+        counts[np.arange(200), labels] = generator.integers(0, 3, 200)  # two that tell all, where there are any
+        splits = np.repeat(["train", "dev", "test"], [100, 40, 60])
+        scaled = counts / np.sqrt(counts[:100].var(axis=0)[counts[:100].any(axis=0)].mean())
+        components = [PCA(dimension, svd_solver="full")] if dimension else []
+        plain = make_pipeline(*components, LogisticRegression(C=0.1, tol=1e-8, max_iter=10000))
+        plain.fit(scaled[:100], labels[:100])
+        found = probe(counts, labels, splits=splits, dimension=dimension)
+        assert torch.equal(
+            found.correct, torch.from_numpy(plain.predict(scaled[140:]) == labels[140:]).double().repeat(3)
+        )
+        assert found.accuracy > 0.75
 
     @pytest.mark.parametrize("features", [300, 20])
     def test_is_a_plain_regression_on_standardised_features(self, monkeypatch, features):
@@ -189,6 +200,18 @@ class TestFeatures:
         ids = inputs["input_ids"][1, kept].tolist()
         assert rows["bag of words"][1].nonzero()[:, 0].tolist() == sorted(set(ids))
         assert rows["bag of words"][1].sum() == 7
+
+    @pytest.mark.parametrize("positions", ["absolute", "none"])
+    def test_mean_embedding_knows_no_positions(self, make_model, holey, positions):
+        model = make_model(position_embedding_type=positions).float()
+        inputs = holey(model)
+        found = feature_rows(model, [inputs])["mean embedding"]
+        with torch.no_grad():
+            if positions == "absolute":
+                model.base_model.embeddings.position_embeddings.weight.zero_()
+            embedded = model.base_model.embeddings(inputs["input_ids"], inputs.get("token_type_ids"))
+        mask = inputs["attention_mask"].bool()
+        torch.testing.assert_close(found, torch.stack([row[kept].mean(0) for row, kept in zip(embedded, mask)]))
 
     @pytest.mark.parametrize("gain, has_repetition", [(False, False), (True, False), (True, True)])
     def test_random_models_differ(self, make_model, holey, repetition, gain, has_repetition):

@@ -1,5 +1,6 @@
 """The options of the pretraining command: how flags and recipes are read, and what follows from them."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -116,6 +117,17 @@ def test_help_tells_defaults(capsys):
         parse_arguments(["--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "(default: models)" in said and "(default: 16000)" in said and "(default: 0.06)" in said
+
+
+@pytest.mark.parametrize("command", [run_language_modeling, distill_from_bert])
+def test_help_begins_with_what_the_command_does_and_shows_nothing_that_is_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    said = capsys.readouterr().out
+    assert command.__doc__.strip() in said and said.index("\ntext:") < said.index("\ntraining, as the Trainer")
+    shown = {name for name in re.findall(r"^  --(\w+)", said, re.MULTILINE) if not name.startswith("no_")}
+    offered = {option.name for group in command.ARGUMENT_GROUPS for option in fields(group) if option.init}
+    assert shown == offered - set(option_rules.REFUSED)
 
 
 def test_overrides_are_read_as_text_and_as_an_object():
