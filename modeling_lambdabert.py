@@ -213,6 +213,20 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 )
 
 
+# whose hooks take any layout: they record outputs, let embeddings have gradients, shard weights, or know of packed rows
+FREE_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils", "torch.distributed", "lambdabert.")
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    """Whether hooks see what modules compute, or change it. They then get whole rows [B, N, ...], as in BERT."""
+    for module in (part for each in modules for part in each.modules()):
+        of_forward = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+        of_backward = *module._backward_pre_hooks.values(), *module._backward_hooks.values()
+        if any(not getattr(hook, "__module__", "").startswith(FREE_HOOKS) for hook in of_forward + of_backward):
+            return True
+    return False
+
+
 class LambdaBertAttention(BertAttention):
     """A lambda layer, its output projection and the residual."""
 
@@ -251,17 +265,12 @@ class LambdaBertLayer(BertLayer):
         packing: Packing | Padded | None = None,
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask, packing)
-        if self.chunk_size_feed_forward or as_a_whole(hidden_states) or self._has_hooks():
+        if self.chunk_size_feed_forward or as_a_whole(hidden_states) or _is_watched(self.intermediate, self.output):
             return apply_chunking_to_forward(
                 self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
             )
         tiles = hidden_states.flatten(0, 1).split(FEED_FORWARD_TILE)
         return torch.cat([self.feed_forward_chunk(tile) for tile in tiles]).view_as(hidden_states)
-
-    def _has_hooks(self) -> bool:
-        """Whether hooks watch the feed-forward layers, which then get whole sequences."""
-        modules = (*self.intermediate.modules(), *self.output.modules())
-        return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class LambdaBertEncoder(BertEncoder):
@@ -485,9 +494,8 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         """Whether padding may be left out: not from hidden states, nor in a graph that serves other masks as well."""
         of_one_mask = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not tokens.is_meta
         keeps_layout = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # NEFTune scales its noise, a hook of the word embeddings, by the length that these see
-        is_noisy = self.training and hasattr(self.get_input_embeddings(), "neftune_noise_alpha")
-        return of_one_mask and not keeps_layout and not self.config.chunk_size_feed_forward and not is_noisy
+        may_split = not keeps_layout and not self.config.chunk_size_feed_forward
+        return of_one_mask and may_split and not _is_watched(self.embeddings, self.encoder)
 
 
 def _pooled_token(

@@ -673,20 +673,72 @@ class TestPadding:
         assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
 
+def sizes_of_first_layer(model):
+    """A list that gets the first two axes of what the first layer is given, without a hook."""
+    sizes, layer = [], model.encoder.layer[0]
+    forward = layer.forward
+
+    def measured(hidden_states, *args, **kwargs):
+        sizes.append(hidden_states.shape[:2])
+        return forward(hidden_states, *args, **kwargs)
+
+    layer.forward = measured
+    return sizes
+
+
 class TestPacking:
     """A batch whose padding is left out gives what it gives with it."""
 
-    def test_noise_on_embeddings_is_scaled_by_the_length_of_rows(self, make_config):
-        """By that of the whole batch it would shrink by the root of its size (NEFTune of the Trainer)."""
-        model = build(LambdaBertModel, make_config()).train()
-        embeddings, lengths = model.get_input_embeddings(), []
-        embeddings.neftune_noise_alpha = 5.0
-        embeddings.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
-        ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
-        mask = torch.arange(9) < torch.tensor([[9], [3], [5], [7]])
-        model(ids, mask)
-        model.eval()(ids, mask)
-        assert lengths == [9, mask.sum()]
+    @pytest.mark.parametrize(
+        "place", ["embeddings.word_embeddings", "encoder.layer.1", "encoder.layer.0.attention.self.to_keys"]
+    )
+    @pytest.mark.parametrize(
+        "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+    )
+    def test_hooks_get_rows(self, make_config, make_inputs, kind, place):
+        """As in BERT: one that steers a place, or adds noise by a row's length (NEFTune), would else do another."""
+        config = make_config()
+        model, inputs = build(LambdaBertModel, config), make_inputs(LambdaBertModel, config)
+        inputs["attention_mask"][1, 5:] = 0
+        sizes = []
+
+        def watch(module, *values):
+            sizes.append(next(value for value in values[-1] if isinstance(value, torch.Tensor)).shape[:2])
+
+        def watch_output(module, inputs, output):
+            sizes.append(output.shape[:2])
+
+        module = model.get_submodule(place)
+        handle = getattr(module, f"register_{kind}")(watch_output if kind == "forward_hook" else watch)
+        model(**inputs).last_hidden_state.sum().backward()
+        handle.remove()
+        assert sizes == [inputs["input_ids"].shape]
+
+    def test_steering_a_place_is_the_same_with_padding(self, make_config):
+        model = build(LambdaBertModel, make_config()).double()
+        direction = torch.randn(20, dtype=torch.float64)
+
+        def steer(module, inputs, output):
+            return torch.cat([output[:, :1], output[:, 1:2] + direction, output[:, 2:]], dim=1)
+
+        ids = torch.randint(5, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+        lengths = [5, 9, 7]
+        mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+        model.encoder.layer[0].register_forward_hook(steer)
+        together = model(ids, mask).last_hidden_state
+        for row, length in enumerate(lengths):
+            alone = model(ids[row : row + 1, :length]).last_hidden_state[0]
+            torch.testing.assert_close(together[row, :length], alone, rtol=1e-10, atol=1e-10)
+
+    def test_hooks_of_transformers_do_not_count(self, make_config, make_inputs):
+        """Those that record hidden states stay on a model."""
+        config = make_config()
+        model, inputs = build(LambdaBertModel, config), make_inputs(LambdaBertModel, config)
+        inputs["attention_mask"][1, 5:] = 0
+        model(**inputs, output_hidden_states=True)
+        sizes = sizes_of_first_layer(model)
+        model(**inputs)
+        assert sizes == [(1, inputs["attention_mask"].sum())]
 
     MASKS = {
         "tails": lambda mask: mask[1:].copy_(torch.arange(23) < torch.tensor([[4], [22], [16], [11]])),
@@ -697,13 +749,11 @@ class TestPacking:
 
     @staticmethod
     def results(model, inputs, monkeypatch, packed):
-        sizes = []
-        handle = model.encoder.layer[0].register_forward_hook(lambda _, args, output: sizes.append(output.shape[:2]))
+        sizes = sizes_of_first_layer(model)
         with monkeypatch.context() as patch:
             if not packed:
                 patch.setattr(LambdaBertModel, "_may_pack", lambda *args, **kwargs: False)
             output = model(**inputs, output_lambda_params=True)
-        handle.remove()
         mask = inputs["attention_mask"]
         assert sizes == [(1, mask.sum()) if packed else mask.shape]
         if torch.is_grad_enabled():
@@ -771,8 +821,7 @@ class TestPacking:
         elif reason != "no padding":
             inputs["attention_mask"][1, 5:] = 0
         flags = {"output_hidden_states": True} if reason == "hidden states" else {}
-        sizes = []
-        model.encoder.layer[0].register_forward_hook(lambda _, args, output: sizes.append(output.shape[:2]))
+        sizes = sizes_of_first_layer(model)
         output = model(**inputs, **flags)
         assert sizes == [(3, 9)]
         assert (output.last_hidden_state[inputs["attention_mask"] == 0] == 0).all()

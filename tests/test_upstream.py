@@ -1,5 +1,6 @@
 """Each private name of other libraries that the project relies on: a release without one fails here with the reason."""
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -52,11 +53,23 @@ PRIVATE = {
     ),
     "_forward_hooks": (
         lambda: nn.Identity()._forward_hooks == {},
-        "LambdaBertLayer computes its feed-forward part in tiles only if nothing watches its modules by hooks.",
+        "LambdaBertModel leaves out padding, and a layer tiles its feed-forward part, only if no hook watches.",
+    ),
+    "_actions": (
+        lambda: argparse.ArgumentParser()._actions[0].dest == "help",
+        "--help of the commands that train leaves out the options that they refuse.",
+    ),
+    "_backward_hooks": (
+        lambda: nn.Identity()._backward_hooks == {},
+        "LambdaBertModel leaves out padding only if no hook watches.",
+    ),
+    "_backward_pre_hooks": (
+        lambda: nn.Identity()._backward_pre_hooks == {},
+        "LambdaBertModel leaves out padding only if no hook watches.",
     ),
     "_forward_pre_hooks": (
         lambda: nn.Identity()._forward_pre_hooks == {},
-        "LambdaBertLayer computes its feed-forward part in tiles only if nothing watches its modules by hooks.",
+        "LambdaBertModel leaves out padding, and a layer tiles its feed-forward part, only if no hook watches.",
     ),
     "_fingerprint": (
         same_fingerprint,
