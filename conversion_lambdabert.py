@@ -130,6 +130,8 @@ def converted_config(config: BertConfig, config_class: type[BertConfig], setting
     unknown = sorted(set(settings) - set(config_class().to_dict()) - {"num_labels"})
     if unknown:
         raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
+    if "num_attention_heads" in settings:
+        raise ValueError("num_attention_heads has no effect in a LambdaBERT; give num_lambda_queries.")
     for field in FIXED_BY_WEIGHTS:
         if settings.get(field, getattr(config, field)) != getattr(config, field):
             raise ValueError(

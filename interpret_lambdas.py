@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lambdabert.command_line import Parser, run_command
@@ -44,6 +45,7 @@ from lambdabert.interpretation.page import PARTS_OF_LAYER
 FIGURES = (".svg", ".png")
 PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # by module
 SHAPE = ("num_hidden_layers", "hidden_size", "num_lambda_queries", "key_depth", "intra_depth", "local_context_size")
+NEIGHBOURS = 5
 FAITHFULNESS_TOKENS = 128  # of a text; longer ones are cut
 DRAWN_CELLS = 600_000  # of all maps in a figure: half a minute
 
@@ -71,11 +73,15 @@ def build_parser() -> Parser:
         return command
 
     command = add("map", run_map, "A text's maps, as a page and figures.", (".html", *FIGURES))
-    command.add_argument("text", nargs="*", help="The text, in quotes; with one [MASK], its prediction is explained.")
+    what = "The text, in quotes; with one [MASK], its prediction is explained. A classifier takes a pair of texts, too."
+    command.add_argument("text", nargs="*", help=what)
     command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
     what = "What the prediction of a masked word, a class, a label or an answer is due to."
     command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
-    what = "The text, in quotes, with one [MASK] unless the model classifies; for answers, the question and the text."
+    what = (
+        "The text, in quotes, with one [MASK] unless the model classifies; for a classifier of pairs both texts, for "
+        "answers the question and the text."
+    )
     command.add_argument("text", nargs="*", help=what)
     what = "The token or class that is explained, the likeliest if not given; for answers, start (as given) or end."
     command.add_argument("--target", help=what)
@@ -85,7 +91,7 @@ def build_parser() -> Parser:
     command.add_argument("texts", nargs="*", metavar="text", help="Two texts, each in quotes.")
     command = add("topics", run_topics, "Which texts are alike: nearest neighbours by λc.", (".json",))
     command.add_argument("file", help="One text a line; or a .tsv with the columns text and, where known, topic.")
-    command.add_argument("--neighbours", type=int, default=5, help="Of each text; 5 if not given.")
+    command.add_argument("--neighbours", type=int, help=f"Of each text; {NEIGHBOURS} if not given and there are.")
     what = "What can be read from λc, beside what it must beat."
     command = add("probe", run_probe, what, (*FIGURES, ".json"), ["sklearn"])
     command.add_argument("tasks", nargs="+", help="Tasks: .tsv files with the columns split, label, text and target.")
@@ -127,6 +133,17 @@ def check_count(texts: Sequence[str], count: int, command: str) -> None:
             f"text: {len(texts)} given, and {command} takes {'one' if count == 1 else 'two'}; put "
             f"{'it' if count == 1 else 'each'} in quotes."
         )
+
+
+def encode_given(args: argparse.Namespace, loaded: LoadedModel) -> Any:
+    """The text, or two, that the command was given: a question and its text, or a pair to classify, are one row."""
+    if loaded.answers_questions and args.command == "explain":
+        check_count(args.text, 2, "explain of an answer")
+    elif loaded.judges_pairs:
+        check_count(args.text, 2, f"{args.command} of a next-sentence model")
+    elif not (loaded.predicts_classes and len(args.text) == 2):
+        check_count(args.text, 1, args.command)
+    return loaded.encode_question(*args.text) if len(args.text) == 2 else loaded.encode(args.text)
 
 
 def about(args: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
@@ -172,14 +189,13 @@ def _cell(value: Any) -> str:
 
 
 def run_map(args: argparse.Namespace) -> None:
-    check_count(args.text, 1, "map")
     if not args.output:
         raise ValueError("output: map writes a page or figures; name them, for example --output page.html.")
     figures = ends_in(args, FIGURES)
     if args.layers and not figures:
         raise ValueError("layers has no effect without a figure: add one to --output, or leave it out.")
     loaded = LoadedModel(args.model)
-    inputs = loaded.encode(args.text)
+    inputs = encode_given(args, loaded)
     trace = trace_lambdas(loaded.model, inputs)
     tokens = loaded.tokens(inputs)
     if figures:
@@ -201,12 +217,7 @@ def run_map(args: argparse.Namespace) -> None:
 
 def run_explain(args: argparse.Namespace) -> None:
     loaded = LoadedModel(args.model)
-    if loaded.answers_questions:
-        check_count(args.text, 2, "explain of an answer")
-        inputs = loaded.encode_question(*args.text)
-    else:
-        check_count(args.text, 1, "explain")
-        inputs = loaded.encode(args.text)
+    inputs = encode_given(args, loaded)
     trace = trace_lambdas(loaded.model, inputs)
     prediction = loaded.explain(inputs, trace, args.target, args.place)
     tokens = loaded.tokens(inputs)
@@ -238,15 +249,17 @@ def run_swap(args: argparse.Namespace) -> None:
     results: list[dict[str, Any]] = []
     for inputs, other, text in zip(pair, reversed(pair), args.texts):
         masks = loaded.masks(inputs) if loaded.predicts_tokens else []
+        own = loaded.likeliest_tokens(inputs, masks)
         effects = swap_effects(loaded.model, inputs, other, masks)
         found = [asdict(effect) for effect in effects]
         for effect in found:
             effect["likeliest"] = [loaded.tokenizer.convert_ids_to_tokens(token) for token in effect["likeliest"]]
-        results.append({"text": text, "effects": found})
+        results.append({"text": text, "likeliest": own, "effects": found})
         print(f"{text}: with the λc of the other text")
         print_table(
             ("layer", "cosine of both λc", "change of states", "nats", "changed", "[MASK]"),
-            [
+            [("own", None, None, None, None, " ".join(own))]
+            + [
                 (
                     "all" if effect["layer"] is None else str(effect["layer"]),
                     *(effect[name] for name in ("cosine", "hidden_states", "divergence", "changed")),
@@ -262,6 +275,8 @@ def run_topics(args: argparse.Namespace) -> None:
     texts, topics = read_texts(args.file)
     if len(texts) < 3:
         raise ValueError(f"{args.file}: {len(texts)} texts, of which none is nearer than another; give 3 or more.")
+    if args.neighbours is None:
+        args.neighbours = min(NEIGHBOURS, len(texts) - 1)
     if not 1 <= args.neighbours < len(texts):
         raise ValueError(
             f"neighbours={args.neighbours}: {args.file} has {len(texts)} texts; give 1 ... {len(texts) - 1}."
@@ -269,7 +284,9 @@ def run_topics(args: argparse.Namespace) -> None:
     loaded = LoadedModel(args.model)
     batches = loaded.batches(texts, "text")
     features = topic_features(loaded.model, tqdm(batches, unit="batch"))
-    found = neighbours(features, topics, args.neighbours)
+    if alike := [name for name, rows in features.items() if torch.equal(rows, rows[:1].expand_as(rows))]:
+        print(f"left out, being the same for all texts: {', '.join(alike)}", file=sys.stderr)
+    found = neighbours({name: features[name] for name in features if name not in alike}, topics, args.neighbours)
     if topics is None:
         print("the nearest text for each, by their numbers; blank lines do not count")
         print_table(
@@ -289,6 +306,9 @@ def run_topics(args: argparse.Namespace) -> None:
 
 def run_probe(args: argparse.Namespace) -> None:
     tasks = [read_task(file) for file in args.tasks]
+    for file, task in zip(args.tasks, tasks):
+        if (same := [other for other, one in zip(args.tasks, tasks) if one.name == task.name]) != [file]:
+            raise ValueError(f"tasks: {' and '.join(map(str, same))} are all named {task.name}; rename one.")
     loaded = LoadedModel(args.model)
     results = {}
     for task in tasks:

@@ -17,6 +17,7 @@ GPUs on an NVIDIA H200 in bfloat16. Axes are those of `lambda_layer.py`.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from einops import rearrange
@@ -270,7 +271,7 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     period = 2 * (length + -length % 64)  # a multiple of 128 has small prime factors
     depths = value_depth if as_a_whole(values) else max(FFT_DEPTHS, FFT_TILE // (batch * length * key_depth))
     lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
-    with torch.autocast(values.device.type, enabled=False):
+    with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
         kernel = torch.fft.rfft(reversed_offsets.to(at_least_float32), n=period, dim=0)
         kernel = rearrange(kernel, "f k u -> u k 1 f").contiguous()
         for some in slices(value_depth, depths):

@@ -215,7 +215,7 @@ def as_token_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> 
     if attention_mask is None:
         return None
     batch, length = inputs.shape[:2]
-    if attention_mask.dim() != 2:
+    if attention_mask.dim() > 2:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}: a lambda layer has no weights between pairs of "
             "positions and cannot honour a query axis; give [batch, length] with 1 = token and 0 = padding."

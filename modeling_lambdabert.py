@@ -474,6 +474,13 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 "same, and inputs_embeds do not tell: give input_ids. (A hook on the model's embeddings can change "
                 "what they become.)"
             )
+        if tokens.dim() != (2 if input_ids is not None else 3):
+            name, axes = (
+                ("input_ids", "[batch, length]")
+                if input_ids is not None
+                else ("inputs_embeds", "[batch, length, hidden_size]")
+            )
+            raise ValueError(f"{name} is {list(tokens.shape)}: give {axes}.")
         self.embeddings.check_positions(tokens.shape[1], position_ids)
         is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:
@@ -511,7 +518,9 @@ def _pooled_token(
     else:
         in_first_segment = is_real if token_type_ids is None else is_real & (token_type_ids == 0)
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        place = (in_first_segment * positions).amax(dim=1, keepdim=True)
+        last = torch.where(in_first_segment, positions, -1).amax(dim=1, keepdim=True)
+        # a row without a first segment gives its first token
+        place = torch.where(last < 0, is_real.to(torch.int32).argmax(dim=1, keepdim=True), last)
     return hidden_states.gather(1, place[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
@@ -835,6 +844,11 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
         if self.config.problem_type == "single_label_classification":
             return _label_loss(logits, labels, num_items_in_batch)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision would round the targets
+        if labels.shape != logits.shape and (logits.shape[-1] > 1 or labels.numel() != logits.numel()):
+            raise ValueError(
+                f"labels is {list(labels.shape)}, but problem_type={self.config.problem_type!r} with "
+                f"num_labels={logits.shape[-1]} takes {list(logits.shape)}: give a number for each label of each text."
+            )
         labels = labels.to(logits).view_as(logits)
         loss = F.mse_loss if self.config.problem_type == "regression" else F.binary_cross_entropy_with_logits
         count = labels.numel() if num_items_in_batch is None else num_items_in_batch
@@ -952,6 +966,8 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if input_ids is not None and input_ids.dim() != 3:
+            raise ValueError(f"input_ids is {list(input_ids.shape)}: give [batch, choices, length].")
         outputs = self._encode(*(None if given is None else given.flatten(0, 1) for given in inputs), **kwargs)
         batch, choices = next(tokens.shape[:2] for tokens in (input_ids, inputs_embeds) if tokens is not None)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Commit, versions of Python, torch, transformers and `packages`, processor or GPU, threads and date."""
+    """Commit, versions of Python, torch, transformers and `packages`, GPU or processor, threads and date."""
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -25,6 +25,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "transformers", *packages)},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "processor": _processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -55,6 +55,8 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
                 "the first of them; give them labels or leave them out."
             )
     names = list(map(str, sorted(set(splits["train"][column]))))  # numbers in their order, not in that of their digits
+    if len(names) < 2:
+        raise ValueError(f"label_column={column}: the training data has the one class {names}, nothing to tell apart.")
     for split, rows in splits.items():
         if unknown := sorted(set(map(str, rows[column])) - set(names)):
             raise ValueError(f"{column}={unknown[0]!r} of the {split} data does not occur in the training data.")
@@ -86,7 +88,10 @@ def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel
     """The model, with a new head for the classes of the data."""
     names = splits["train"].features[options.label_column].names
     return AutoModelForSequenceClassification.from_pretrained(
-        options.model, id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)}
+        options.model,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced
     )
 
 

@@ -125,7 +125,10 @@ def main(argv: list[str] | None = None) -> Metrics:
     numbers = {name: number for number, name in enumerate(names)}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForTokenClassification.from_pretrained(
-        options.model, id2label=dict(enumerate(names)), label2id=numbers
+        options.model,
+        id2label=dict(enumerate(names)),
+        label2id=numbers,
+        ignore_mismatched_sizes=True,  # a head for other tags is replaced
     )
 
     def encode(rows: dict) -> dict:

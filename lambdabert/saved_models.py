@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
@@ -63,8 +64,17 @@ def load_with_missing(model_class: Any, name: str | Path, subfolder: str = "") -
     Returns:
         The model in float32 and evaluation mode, a bare encoder whose pooler was not saved without one; and the names
         of all other weights that were not saved, which are random.
+
+    Raises:
+        ValueError: the weights cannot be read, or are of other shapes.
     """
-    model, found = model_class.from_pretrained(name, subfolder=subfolder, dtype=torch.float32, output_loading_info=True)
+    try:
+        model, found = model_class.from_pretrained(
+            name, subfolder=subfolder, dtype=torch.float32, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} cannot be read: its weights are damaged or of another config ({reason})") from error
     missing = set(found["missing_keys"])
     if isinstance(model, BertModel) and (pooler := {weight for weight in missing if weight.startswith("pooler.")}):
         model.pooler = None

@@ -391,3 +391,24 @@ def test_an_example_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "examples.sentence_embeddings", "--train_file=a.csv"]
     done = subprocess.run([*command, f"--output_dir={tmp_path}/x"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr == MISSING_EVALUATION
+
+
+def test_one_class_is_refused_and_other_classes_get_a_new_head(model, tmp_path):
+    def table(name, labels):
+        rows = [f"the fox sees a dog,{label}" for label in labels]
+        (tmp_path / name).write_text("text,label\n" + "\n".join(rows * 4) + "\n")
+        return str(tmp_path / name)
+
+    options = ["--learning_rate", "1e-3", "--max_steps", "1", "--use_cpu", "--max_seq_length", "16"]
+
+    def run(labels, start, output):
+        file = table(f"{len(labels)}.csv", labels)
+        files = ["--train_file", file, "--test_file", file, "--output_dir", str(tmp_path / output)]
+        return text_classification.main(["--model", str(start), *files, *options])
+
+    with pytest.raises(ValueError, match="the training data has the one class"):
+        run(["good"], model, "one")
+    run(["good", "bad"], model, "two")
+    run(["good", "bad", "other"], tmp_path / "two", "three")
+    config = json.loads((tmp_path / "three" / "config.json").read_text())
+    assert list(config["id2label"].values()) == ["bad", "good", "other"]

@@ -401,7 +401,7 @@ class TestRefusals:
                 "target=middle: an answer has a start",
             ),
             ("ForQuestionAnswering", ("the fox", " "), "text=' ' holds no word"),
-            ("ForQuestionAnswering", ("the fox", "a dog " * 9), "question and text=.*has 4. tokens.*shorten it"),
+            ("ForQuestionAnswering", ("the fox", "a dog " * 9), "both texts=.*has 4. tokens.*shorten it"),
         ],
     )
     def test_explained_places(self, interpret, kind, arguments, message):
@@ -517,3 +517,79 @@ class TestDocuments:
             if args.command != "probe":  # whose tasks are minutes
                 assert interpret_lambdas.main(command) == 0, capsys.readouterr().err
         assert seen == {"map", "explain", "swap", "topics", "probe", "faithfulness"}
+
+
+class TestUsersFiles:
+    """What was once read as something else, or lost."""
+
+    def test_tasks_of_one_name(self, interpret, tmp_path):
+        for folder in "ab":
+            (tmp_path / folder).mkdir()
+            write_task(tmp_path / folder / "t.tsv", task_rows())
+        status, _, errors = interpret("probe", "a/t.tsv", "b/t.tsv")
+        assert status == 1 and "tasks: a/t.tsv and b/t.tsv are all named t" in errors
+
+    def test_a_label_that_train_lacks(self, tmp_path):
+        rows = [("train", "a", "the fox", "_"), ("train", "b", "the dog", "_"), ("test", "a ", "a fox", "_")]
+        write_task(tmp_path / "a.tsv", rows)
+        with pytest.raises(ValueError, match="line 4: label='a ' of test does not occur in train"):
+            read_task(tmp_path / "a.tsv")
+
+    @pytest.mark.parametrize("name", ["a.csv", "a.JSONL"])
+    def test_tables_are_not_read_as_lines(self, tmp_path, name):
+        (tmp_path / name).write_text("text,topic\nthe fox,x\n")
+        with pytest.raises(ValueError, match="is a table; give a .tsv"):
+            read_texts(tmp_path / name)
+
+    def test_upper_case_and_columns_named_twice(self, tmp_path):
+        (tmp_path / "a.TSV").write_text("text\ttopic\nthe fox\tx\n")
+        assert read_texts(tmp_path / "a.TSV") == (["the fox"], ["x"])
+        (tmp_path / "b.tsv").write_text("text\ttext\nthe fox\tx\n")
+        with pytest.raises(ValueError, match="names the column text twice"):
+            read_texts(tmp_path / "b.tsv")
+
+    def test_content_lambdas_of_zero_have_no_neighbours(self, folders, interpret, tmp_path):
+        model, tokenizer = load(folders, "ForMaskedLM")
+        model.config.content_gain = True
+        new = modeling_lambdabert.LambdaBertForMaskedLM(model.config)
+        new.save_pretrained(folders / "New")
+        tokenizer.save_pretrained(folders / "New")
+        (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
+        status, out, errors = interpret("topics", "texts.txt", kind="New")
+        assert status == 0 and "left out, being the same for all texts: content lambda 0" in errors
+        assert "content lambda" not in out and "mean hidden state 0" in out
+
+    def test_swap_shows_what_was_predicted_before(self, interpret, folders, tmp_path):
+        status, out, _ = interpret("swap", "the [MASK] dog", SENTENCES[1], "--output", "a.json")
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["texts"][0]
+        model, tokenizer = load(folders, "ForMaskedLM")
+        logits = model(**tokenizer("the [MASK] dog", return_tensors="pt")).logits[0, 2]
+        own = tokenizer.convert_ids_to_tokens([int(logits.argmax())])
+        assert status == 0 and found["likeliest"] == own
+        assert re.search(rf"^own +{re.escape(own[0])}$", out, re.MULTILINE)
+
+    def test_a_pair_is_one_row(self, interpret, folders, tmp_path):
+        status, out, errors = interpret(
+            "explain", SENTENCES[0], SENTENCES[1], "--output", "a.json", kind="ForSequenceClassification"
+        )
+        assert status == 0, errors
+        model, tokenizer = load(folders, "ForSequenceClassification")
+        logits = model(**tokenizer(SENTENCES[0], SENTENCES[1], return_tensors="pt")).logits[0]
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+        assert found["likeliest"][0]["probability"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
+
+    @pytest.mark.parametrize("harm", ["cut short", "another size", "missing"])
+    def test_a_model_that_cannot_be_loaded(self, folders, interpret, harm):
+        folder = folders / "Damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        if harm != "missing":
+            shutil.copytree(folders / "ForMaskedLM", folder)
+        if harm == "cut short":
+            weights = folder / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-50])
+        if harm == "another size":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 16}))
+        status, _, errors = interpret("swap", *SENTENCES[:2], kind="Damaged")
+        assert status == 1 and errors.startswith("error: ") and str(folder) in errors and "Traceback" not in errors
+        assert ("weights are damaged or of another config" in errors) == (harm != "missing")

@@ -1099,3 +1099,40 @@ class TestBertCheckpoint:
         assert lambdas and set(report["missing_keys"]) == lambdas
         assert set(report["unexpected_keys"]) == attention
         assert not report["mismatched_keys"]
+
+
+class TestShapes:
+    def test_tokens_without_a_batch(self, make_config):
+        model = build(LambdaBertModel, make_config())
+        with pytest.raises(ValueError, match=r"input_ids is \[3\]: give \[batch, length\]"):
+            model(torch.tensor([1, 2, 3]))
+        with pytest.raises(ValueError, match=r"inputs_embeds is \[3, 20\]: give"):
+            model(inputs_embeds=torch.zeros(3, 20))
+        choices = build(modeling.LambdaBertForMultipleChoice, make_config())
+        with pytest.raises(ValueError, match=r"input_ids is \[2, 5\]: give \[batch, choices, length\]"):
+            choices(torch.ones(2, 5, dtype=torch.long))
+
+    @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+    @pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 2)])
+    def test_labels_of_another_shape_are_not_read_row_by_row(self, make_config, make_inputs, kind, shape):
+        config = make_config(num_labels=3, problem_type=kind)
+        model = build(modeling.LambdaBertForSequenceClassification, config)
+        inputs = make_inputs(LambdaBertModel, config, batch=2)
+        with pytest.raises(ValueError, match=r"labels is .*takes \[2, 3\]"):
+            model(**inputs, labels=torch.zeros(shape))
+
+    def test_a_row_without_a_first_segment_pools_its_first_token(self, make_config):
+        model = build(LambdaBertModel, make_config(classifier_pooling="sep", position_embedding_type="none"))
+        ids = torch.randint(5, 20, (1, 5), generator=torch.Generator().manual_seed(0))
+        alone = model(ids, torch.ones_like(ids), torch.ones_like(ids)).pooler_output
+        for front, behind in ((2, 0), (0, 2)):
+            padded = [
+                torch.nn.functional.pad(row, (front, behind))
+                for row in (ids, torch.ones_like(ids), torch.ones_like(ids))
+            ]
+            torch.testing.assert_close(model(*padded).pooler_output, alone)
+
+    def test_global_scope_runs_without_data(self, make_config):
+        with torch.device("meta"):
+            model = LambdaBertModel(make_config(local_context_size=None, max_position_embeddings=200))
+            assert model(torch.zeros(2, 100, dtype=torch.long)).last_hidden_state.shape == (2, 100, 20)

@@ -77,7 +77,8 @@ def export_model(model: str | Path, output: str | Path, format: str = "onnx", qu
     check_output(output)
     kind, tolerance = FORMATS[format], TOLERANCES[quantize or "float32"]
     loaded = load_program(Path(model))
-    parent = next(path for path in output.absolute().parents if path.is_dir())
+    target = output.resolve()  # of a link, the folder behind it
+    parent = next(path for path in target.parents if path.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as work:
         folder = Path(work) / "export"
         folder.mkdir()
@@ -90,8 +91,8 @@ def export_model(model: str | Path, output: str | Path, format: str = "onnx", qu
                 + (" Export it without quantize." if quantize else "")
             )
         write_companions(loaded, folder)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, target)
     return Export(output / kind.file, outputs, deviation, tolerance, loaded.limit)
 
 
@@ -119,6 +120,8 @@ def check_output(output: Path) -> None:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={output} exists and is not overwritten; name a new folder or empty this one.")
+    if output.resolve() == Path.cwd():
+        raise ValueError(f"output={output} is the current folder, which cannot be replaced; name a new one in it.")
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"output={output} cannot be written, because you may not write into {nearest}; name another.")

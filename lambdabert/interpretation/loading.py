@@ -18,6 +18,7 @@ from .traces import LambdaTrace
 
 BATCH = 32
 LIKELIEST = 5
+TABLES = (".csv", ".json", ".jsonl", ".parquet")  # read as lines, their syntax would be text
 CLASSIFIERS = (
     modeling_lambdabert.LambdaBertForSequenceClassification,
     modeling_lambdabert.LambdaBertForNextSentencePrediction,
@@ -56,10 +57,17 @@ class LoadedModel:
 
     def __init__(self, name: str):
         self.name = name
-        fields, _ = PreTrainedConfig.get_config_dict(name)
-        if (kind := fields.get("model_type")) != "lambdabert":
+        try:
+            fields, _ = PreTrainedConfig.get_config_dict(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"model={name} is of type {kind} and has no lambda layers to look into; give a LambdaBERT. "
+                f"model={name} is no folder of a model, nor one that can be loaded from the hub ({reason})"
+            ) from None
+        if (kind := fields.get("model_type")) != "lambdabert":
+            of_kind = f"is of type {kind}" if kind else "has no config.json of a model"
+            raise ValueError(
+                f"model={name} {of_kind} and has no lambda layers to look into; give a LambdaBERT. "
                 "distill_from_bert.py makes one of a BERT."
             )
         self.model: Any = load_as_saved(name)
@@ -103,15 +111,15 @@ class LoadedModel:
         return self.tokenizer(list(texts), return_tensors="pt", padding=True)
 
     def encode_question(self, question: str, text: str) -> Any:
-        """What the tokenizer returns for a question about a text, one row.
+        """What the tokenizer returns for a question about a text, or for a pair of texts, one row.
 
         Raises:
             ValueError: one of them is empty, or both are above the model's limit together.
         """
-        for one, what in ((question, "question"), (text, "text")):
+        for one, what in ((question, "first text"), (text, "second text")):
             self.encode([one], what)
         inputs = self.tokenizer(question, text, return_tensors="pt")
-        self._check_length(inputs["input_ids"].shape[1], text, "question and text")
+        self._check_length(inputs["input_ids"].shape[1], text, "both texts")
         return inputs
 
     def _check_length(self, length: int, text: str, what: str) -> None:
@@ -136,6 +144,15 @@ class LoadedModel:
             return []
         return (inputs["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
 
+    @torch.no_grad()
+    def likeliest_tokens(self, inputs: Any, places: Sequence[int]) -> list[str]:
+        """The likeliest token at each place of the first row."""
+        if not places:
+            return []
+        outputs = self.model(**inputs)
+        logits = outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits
+        return self.tokenizer.convert_ids_to_tokens(logits[0, list(places)].argmax(-1).tolist())
+
     @property
     def predicts_tokens(self) -> bool:
         return hasattr(self.model, "cls") and hasattr(self.model.cls, "predictions")
@@ -147,6 +164,10 @@ class LoadedModel:
     @property
     def answers_questions(self) -> bool:
         return isinstance(self.model, modeling_lambdabert.LambdaBertForQuestionAnswering)
+
+    @property
+    def judges_pairs(self) -> bool:
+        return isinstance(self.model, modeling_lambdabert.LambdaBertForNextSentencePrediction)
 
     @property
     def predicts_classes(self) -> bool:
@@ -287,7 +308,9 @@ def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
         ValueError: a file that cannot be read as that, or without a text.
     """
     file = Path(file)
-    if file.suffix == ".tsv":
+    if file.suffix.lower() in TABLES:
+        raise ValueError(f"file={file} is a table; give a .tsv with a column text, or a file with one text a line.")
+    if file.suffix.lower() == ".tsv":
         columns, lines = read_columns(file, f"file={file}")
         if "text" not in columns or not lines:
             raise ValueError(

@@ -18,7 +18,8 @@ def read_columns(file: Path, name: str) -> tuple[Columns, list[int]]:
         The columns, without any where the file is empty; and the line of the file that each of their rows stands on.
 
     Raises:
-        ValueError: it cannot be read, or a row has more or fewer columns than the first.
+        ValueError: it cannot be read, a column is named twice, or a row has more or fewer columns than the
+            first.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -28,6 +29,8 @@ def read_columns(file: Path, name: str) -> tuple[Columns, list[int]]:
     if not rows:
         return {}, []
     (_, header), *rows = rows
+    if repeated := [column for column in header if header.count(column) > 1]:
+        raise ValueError(f"{name} names the column {repeated[0]} twice in its first line; rename one.")
     for number, row in rows:
         if len(row) != len(header):
             raise ValueError(f"{name}, line {number} has {len(row)} columns, the header {len(header)}; fix it.")

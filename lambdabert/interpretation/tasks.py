@@ -56,6 +56,13 @@ def read_task(file: str | Path) -> Task:
         raise ValueError(f"task={file} holds no example; add lines below the header.")
     if len(classes := set(columns["label"])) < 2:
         raise ValueError(f"task={file}: all labels are {classes.pop()!r}, and there is nothing to tell apart.")
+    known = {label for label, split in zip(columns["label"], columns["split"]) if split == "train"}
+    for number, label, split in zip(lines, columns["label"], columns["split"], strict=True):
+        if split != "train" and label not in known:
+            raise ValueError(
+                f"task={file}, line {number}: label={label!r} of {split} does not occur in train, so that no probe can "
+                "learn it; put examples of it there, or correct it."
+            )
     targets = columns.get("target", [])
     groups = None if not targets or NO_TARGET in targets else _with_common_names(targets, f"task={file}")
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)

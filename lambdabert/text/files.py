@@ -58,7 +58,8 @@ def resolve_files(patterns: list[str], field_name: str) -> list[str]:
             matches = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
         if not matches:
             raise ValueError(f"{field_name}={pattern!r} matches no file: check the path or the pattern.")
-        paths += [path for path in matches if path not in paths]
+        known = {Path(path).resolve() for path in paths}
+        paths += [path for path in matches if Path(path).resolve() not in known]
     kinds = sorted({file_kind(path) for path in paths})
     if len(kinds) > 1:
         raise ValueError(
@@ -201,6 +202,11 @@ def _csv_rows(path: str, text_column: str, encoding: str, delimiter: str) -> Ite
                     raise UnreadableTextError(
                         f"{path}, line {rows.line_num}: {len(row)} fields stand under {len(header)} columns: put "
                         "fields that hold the delimiter in quotes."
+                    )
+                if delimiter == "\t" and any("\t" in field and "\n" in field for field in row):
+                    raise UnreadableTextError(
+                        f"{path}, line {rows.line_num}: a field that begins with a quotation mark goes on over several "
+                        "rows: double the quotation marks of texts and put such texts in quotes, or write JSON lines."
                     )
                 yield row[column] if column < len(row) else None
         except csv.Error as error:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import sentencex
 
 LONGEST_SPLIT = 1 << 16  # characters
 RANDOM_SEGMENT_TRIES = 8
+WIDE_SPACE = re.compile(r"[^\S\n\t ]")
 
 
 def split_sentences(text: str, language: str = "en") -> list[str]:
@@ -19,9 +21,19 @@ def split_sentences(text: str, language: str = "en") -> list[str]:
         sentence
         for paragraph in text.split("\n")
         for stretch in _stretches(paragraph)
-        for sentence in map(str.strip, sentencex.segment(language, stretch))
+        for sentence in map(str.strip, _segment(language, stretch))
         if sentence
     ]
+
+
+def _segment(language: str, stretch: str) -> list[str]:
+    try:
+        return sentencex.segment(language, stretch)
+    except BaseException as error:  # a PanicException is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        # sentencex 1.0.32 counts a no-break space before a full stop as one byte
+        return sentencex.segment(language, WIDE_SPACE.sub(" ", stretch))
 
 
 def cut_sentences(sentence_lengths: Iterable[int], longest: int) -> list[int]:

@@ -89,13 +89,18 @@ def read_files(
 
 
 def _check_source(arguments: CorpusArguments) -> None:
-    """Refuses options that have no effect on the kinds of sources that are given."""
-    files = {
-        file_kind(path)
+    """Refuses files of both, and options that have no effect on the kinds of sources that are given."""
+    paths = {
+        name: resolve_files(getattr(arguments, name), name) if getattr(arguments, name) else []
         for name in ("train_file", "validation_file")
-        if getattr(arguments, name)
-        for path in resolve_files(getattr(arguments, name), name)
     }
+    trained_on = {Path(path).resolve() for path in paths["train_file"]}
+    if both := [path for path in paths["validation_file"] if Path(path).resolve() in trained_on]:
+        raise ValueError(
+            f"validation_file={both[0]} is among the files of train_file, and would measure what was learnt by heart: "
+            "name files that are in one of the two."
+        )
+    files = {file_kind(path) for of_option in paths.values() for path in of_option}
     if arguments.text_column is not None and not arguments.dataset_name and files <= {"text"}:
         raise no_effect(arguments, "text_column", "the source is plain text, which has no columns")
     if arguments.encoding is not None and files <= {"parquet"}:

@@ -16,7 +16,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 NAMED_SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token")
 UNKNOWN_WORD = "<unk>"  # WikiText's mark for a rare word
 UNKNOWN_TOKEN = "[UNK]"
-LARGEST_ALPHABET = 1000
+LARGEST_ALPHABET = 1000  # characters, and half of a larger vocabulary: Chinese has thousands
 LONGEST_WORD = 100  # characters
 
 
@@ -24,8 +24,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, whole_word_mask: bool
     """Refuses a tokenizer with which examples cannot be made or masked.
 
     Raises:
-        ValueError: If a special token is missing, the tokenizer is not a fast one, or whole words are to be masked
-            and it does not mark the parts of words, as WordPiece does.
+        ValueError: If a special token is missing or not put around a text, the tokenizer is not a fast one, or whole
+            words are to be masked and it does not mark the parts of words, as WordPiece does.
     """
     missing = [name for name in NAMED_SPECIAL_TOKENS if getattr(tokenizer, name) is None]
     if missing:
@@ -37,6 +37,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, whole_word_mask: bool
     if not tokenizer.is_fast:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} is not backed by the `tokenizers` library: use a fast one."
+        )
+    ids = tokenizer("a")["input_ids"]
+    if not (ids and ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id):
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} does not put {tokenizer.cls_token} before a text and "
+            f"{tokenizer.sep_token} behind it, as training does, so that the model would be used on other inputs: give "
+            "it a post-processor that does (tokenizers.processors.TemplateProcessing), and save it again."
         )
     if whole_word_mask and not word_part_prefix(tokenizer):
         raise ValueError(
@@ -66,7 +73,7 @@ def train_wordpiece(
     if isinstance(texts, Iterator):
         raise ValueError("texts is an iterator, which is empty after the first pass: give a list, or a DocumentTexts.")
     blank = BertTokenizer(do_lower_case=lowercase).backend_tokenizer
-    alphabet, word_parts = _pieces_of_one_character(texts, blank)
+    alphabet, word_parts = _pieces_of_one_character(texts, blank, max(LARGEST_ALPHABET, vocab_size // 2))
     if not alphabet:
         raise ValueError("There is no text to train a tokenizer on: check the training files.")
     smallest = len(blank.get_vocab()) + len(alphabet) + len(word_parts)
@@ -96,15 +103,15 @@ def train_wordpiece(
     )
 
 
-def _pieces_of_one_character(texts: Iterable[str], blank: Tokenizer) -> tuple[list[str], list[str]]:
-    """The characters to learn, at most `LARGEST_ALPHABET`, and those of them that occur within words, as "##x"."""
+def _pieces_of_one_character(texts: Iterable[str], blank: Tokenizer, largest: int) -> tuple[list[str], list[str]]:
+    """The characters to learn, at most `largest`, and those of them that occur within words, as "##x"."""
     pieces = _trained_vocabulary(texts, blank, vocab_size=0)
     alphabet = {piece for piece in pieces if len(piece) == 1}
-    if len(alphabet) > LARGEST_ALPHABET:
+    if len(alphabet) > largest:
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(blank.normalizer.normalize_str(text))
-        alphabet = set(sorted(alphabet, key=lambda character: (-counts[character], character))[:LARGEST_ALPHABET])
+        alphabet = set(sorted(alphabet, key=lambda character: (-counts[character], character))[:largest])
     return sorted(alphabet), sorted(piece for piece in pieces if len(piece) > 1 and piece[-1] in alphabet)
 
 

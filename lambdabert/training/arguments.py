@@ -58,8 +58,6 @@ class RunArguments(TrainingArguments):
     notes: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
-        if self.do_eval and self.eval_steps is not None and self.eval_strategy == "no":
-            self.eval_strategy = "steps"
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         if self.metric_for_best_model is not None and self.greater_is_better is None:
@@ -146,6 +144,9 @@ def parse_arguments(argv: list[str], groups: tuple[Any, ...], description: str |
     taken = take_as_given(values)
     notes = [f"Assumed: {' '.join(f'--{name}={value}' for name, value in taken.items())}."] if taken else []
     notes += check_effects(flags, recipe, defaults)
+    both = {**values, **taken}
+    if both.get("do_eval") and both.get("eval_steps") is not None and "eval_strategy" not in both:
+        taken["eval_strategy"] = "steps"
     instances = []
     for group in groups:
         names = [option.name for option in dataclasses.fields(group) if option.init]

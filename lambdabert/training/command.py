@@ -51,15 +51,25 @@ def run_training_command(
         run.prepare()
     except (ValueError, ImportError, OSError, StrictDataclassError, CheckpointError) as error:
         return fail(error)
+    except KeyboardInterrupt:
+        return interrupted()
     except Exception as error:
         return fail(error, unexpected=True)
     try:
         run.run()
     except (CheckpointError, UnreadableTextError, ImportError, OSError) as error:
         return fail(error)
+    except KeyboardInterrupt:
+        return interrupted()
     except Exception as error:
         return fail(error, unexpected=True)
     return 0
+
+
+def interrupted() -> int:
+    """Ends a command at Ctrl-C while nothing was trained; the exit status of a shell's own commands then."""
+    print("Interrupted.", file=sys.stderr)
+    return 130
 
 
 def fail(error: Exception, *, unexpected: bool = False) -> int:

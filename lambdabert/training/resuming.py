@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 from lambdabert.training.checkpoints import CheckpointError, load_values, step_of
 
 # implementations of one optimizer, which change nothing but rounding
+FACTORS = {"exp_avg_sq_row", "exp_avg_sq_col"}
 OPTIMIZER_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 # fields of a saved config that say how it was saved
 SAVING_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
@@ -138,13 +139,15 @@ def check_states(
     there = [(weight, state) for weight, state in zip(weights, states, strict=True) if state]
     if required and (not there or (len(there) < len(weights) and all_weights)):
         raise ValueError(f"its optimizer knows {len(there)} of {len(weights)} weights")
-    if len({frozenset(state) for _, state in there}) > 1:
+    # Adafactor keeps rows and columns of a matrix in place of it
+    has_factors = any(set(state) & FACTORS for _, state in there)
+    if len({frozenset(state) for _, state in there}) > 1 and not has_factors:
         raise ValueError("its optimizer keeps other values for some weights than for others")
     for weight, state in there:
         for name, value in state.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            if value.numel() > 1 and value.shape != weight.shape:
+            if value.numel() > 1 and name not in FACTORS and value.shape != weight.shape:
                 raise ValueError(f"{name} of its optimizer has shape {list(value.shape)} for {list(weight.shape)}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} of its optimizer holds values that are not finite")

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -204,6 +205,12 @@ class TrainingRun(ABC):
         args = self.training_args
         if not (args.do_train or args.do_eval or args.dry_run):
             raise ValueError("Nothing to do: give --do_train, --do_eval or --dry_run.")
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != args.world_size:
+            raise ValueError(
+                f"{started} processes were started, but each would train by itself: without an accelerator they work "
+                "together with --use_cpu; give it."
+            )
         self.check_own_options()
         if self.data_args.streaming and args.max_steps <= 0:
             raise ValueError("streaming has no known length: give --max_steps.")
@@ -335,6 +342,11 @@ class TrainingRun(ABC):
         args = self.training_args
         self.steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
         logger.info(describe_run(self.model, self.summaries, self.steps, args))
+        if 1 < self.steps <= args.get_warmup_steps(self.steps):
+            logger.warning(
+                f"warmup_steps={args.warmup_steps:g}: the learning rate rises over all {self.steps} steps and does not "
+                "reach its peak; give fewer, or a share of all, such as 0.06."
+            )
 
     def checkpoint_state(self) -> TrainerState | None:
         """The state of the checkpoint, if there is one; the log says what changes there.
@@ -467,7 +479,9 @@ class TrainingRun(ABC):
         same_text = self.evaluation_text is not None and self.record.get("evaluation") == self.evaluation_text
         state = trainer.state
         last = [each for each in state.log_history if "eval_loss" in each and each["step"] == state.global_step]
-        if not last or not same_text or self.training_args.load_best_model_at_end:
+        args = self.training_args
+        in_other_precision = args.bf16_full_eval or args.fp16_full_eval  # than evaluations while training
+        if not last or not same_text or args.load_best_model_at_end or in_other_precision:
             return trainer.evaluate()
         return {name: value for name, value in last[-1].items() if name.startswith("eval_")}
 

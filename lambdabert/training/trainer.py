@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, align_special_tokens
 
 from lambdabert.text.masks import IGNORED_LABEL
 from lambdabert.training.callbacks import OwnSchedule, StopTogether
@@ -66,6 +66,9 @@ class InterruptibleTrainer(Trainer):
             data_collator=data_collator,
             **kwargs,
         )
+        # as `train` does, but before a checkpoint's config is compared with the model's
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            align_special_tokens(self.model, self.processing_class)
         self.eval_collator = eval_collator
         # whether a loss of this process was not finite
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.args.device)
@@ -243,7 +246,9 @@ class PretrainingTrainer(InterruptibleTrainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # the model divides by the tokens of all micro-batches and processes, the Trainer multiplies by the latter
-        mlm_loss = outputs["mlm_loss"] if "mlm_loss" in outputs else loss / self.accelerator.num_processes
+        is_scaled = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        own_loss = loss / self.accelerator.num_processes if is_scaled else loss
+        mlm_loss = outputs["mlm_loss"] if "mlm_loss" in outputs else own_loss
         masked = (inputs["labels"] != IGNORED_LABEL).sum()
         count = masked if num_items_in_batch is None else num_items_in_batch
         self.mlm_sums += torch.stack([mlm_loss.detach().float() * count, masked.float()])

@@ -309,3 +309,15 @@ def test_example_runs_a_pipeline(make_config, tmp_path):
     found = [eval(line) for line in done.stdout.splitlines()]
     assert [answer["token"] for answer in found] == logits.topk(5).indices.tolist()
     assert found[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
+
+
+def test_a_link_to_an_empty_folder_is_written_and_the_current_folder_is_not(make_config, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path / "model", make_config, "LambdaBertForMaskedLM", 5, "none")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export_model(tmp_path / "model", tmp_path / "link")
+    assert (tmp_path / "there" / "model.onnx").is_file()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert command.main([str(tmp_path / "model"), "--output", "."]) == 1
+    assert "output=. is the current folder" in capsys.readouterr().err

@@ -162,3 +162,10 @@ def test_parquet_cut_short(tmp_path):
     write(path, path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="corpus.parquet cannot be read to its end"):
         training_texts(tmp_path, train_file=str(path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_a_quotation_mark_joins_are_refused(tmp_path, streaming):
+    path = write(tmp_path / "a.tsv", 'id\ttext\n1\t"Hello, he said.\n2\tShe went.\n3\tIt is the end"\n')
+    with pytest.raises(ValueError, match=r"a\.tsv, line 4: a field that begins with a quotation mark"):
+        training_texts(tmp_path, train_file=path, streaming=streaming)

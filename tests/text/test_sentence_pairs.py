@@ -38,3 +38,11 @@ def test_sentences_survive_abbreviations_and_spaced_full_stops():
     assert split_sentences(" ".join(SENTENCES) + "\n\n Next line \n") == [*SENTENCES, "Next line"]
     spaced = ["The U.S. Army left Dr. Brown 's house in 1990 .", "It rained , and nobody came ."]
     assert split_sentences(" ".join(spaced)) == spaced
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u3000"])
+def test_wide_white_space_before_a_full_stop(space):
+    """sentencex 1.0.32 panics at it."""
+    text = f"Oranges hold much vitamin C{space}. They are good. Apples are too."
+    sentences = split_sentences(text)
+    assert "".join("".join(sentences).split()) == "".join(text.split()) and len(sentences) >= 2

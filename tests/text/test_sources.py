@@ -137,3 +137,16 @@ def test_without_a_source_the_default_is_wikitext_and_an_unreachable_hub_is_said
     with pytest.raises(ValueError, match="(?s)hub cannot be reached.*--train_file.*--tokenizer_name.*demo") as error:
         load_corpus(fields)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_both_training_and_validation_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in "ab":
+        write(tmp_path / "folder" / f"{name}.txt", "A line.\n")
+    both = str(tmp_path / "folder" / ".." / "folder" / "a.txt")
+    with pytest.raises(ValueError, match=r"validation_file=.*a\.txt is among the files of train_file"):
+        load_corpus(
+            arguments(tmp_path, train_file=str(tmp_path / "folder"), validation_file=both), train=True, evaluate=True
+        )
+    twice = [str(tmp_path / "folder" / "b.txt"), str(tmp_path / "folder" / ".." / "folder" / "b.txt")]
+    assert training_texts(tmp_path, train_file=twice) == ["A line."]

@@ -3,10 +3,9 @@
 import random
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lambdabert.text import tokenizers
 from lambdabert.text.arguments import DataArguments
 from lambdabert.text.masks import masking_collator
 from lambdabert.text.tokenizers import check_tokenizer, train_wordpiece
@@ -29,6 +28,10 @@ def test_whole_words_need_a_tokenizer_that_marks_word_parts(tokenizer):
         models.WordLevel({token: number for number, token in enumerate(SPECIAL_TOKENS)}, unk_token="[UNK]")
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+    with pytest.raises(ValueError, match=r"does not put \[CLS\] before a text and \[SEP\] behind it"):
+        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+    ends = [(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     other = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     check_tokenizer(other)
     with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
@@ -71,7 +74,7 @@ def test_the_same_text_gives_the_same_tokenizer(syllables):
     vocabularies = [train_wordpiece(texts, 2500).get_vocab() for _ in range(4)]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
     letters = set("".join(texts)) - {" "}
-    assert sum(len(piece) == 1 for piece in vocabularies[0]) == min(len(letters), tokenizers.LARGEST_ALPHABET)
+    assert sum(len(piece) == 1 for piece in vocabularies[0]) == min(len(letters), 1250)
 
 
 def test_a_trained_tokenizer_covers_text_without_spaces(tmp_path):
@@ -91,3 +94,10 @@ def test_tokenizer_training_refuses_what_cannot_work():
         train_wordpiece(TRAINING_TEXTS, 8)
     with pytest.raises(ValueError, match="no text to train a tokenizer"):
         train_wordpiece([], 100)
+
+
+def test_a_large_vocabulary_has_room_for_a_large_alphabet():
+    characters = [chr(0x4E00 + i) for i in range(1500)]
+    vocabulary = train_wordpiece(["".join(characters)], 6000).get_vocab()
+    assert set(characters) <= set(vocabulary)
+    assert len(set(characters) & set(train_wordpiece(["".join(characters)], 2100).get_vocab())) <= 1050

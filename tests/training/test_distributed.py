@@ -18,7 +18,7 @@ from lambdabert.text.masks import MaskingCollator
 from lambdabert.training.checkpoints import is_complete
 from lambdabert.training.trainer import PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM
-from training_support import RECIPE, finish, start_command, start_distributed, write_recipe
+from training_support import RECIPE, finish, sources, start_command, start_distributed, write_recipe
 
 SHARDED_CONFIG = {
     "hidden_size": 16,
@@ -208,3 +208,11 @@ def test_model_sharded_by_fsdp_has_the_same_gradients(tmp_path):
     sharded = torch.load(tmp_path / "gradients.pt")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(sharded[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_processes_that_would_train_by_themselves_are_refused(text, tmp_path):
+    log = tmp_path / "log"
+    recipe = write_recipe(tmp_path / "run.json", output_dir=str(tmp_path / "run"), use_cpu=None, **sources(text))
+    assert finish(*start_distributed([recipe], log)) == [1, 1], log.read_text()
+    assert "2 processes were started, but each would train by itself" in log.read_text()
+    assert not (tmp_path / "run").exists()

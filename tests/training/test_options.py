@@ -139,3 +139,11 @@ def test_overrides_are_read_as_text_and_as_an_object():
     }
     assert parse_overrides({"hidden_size": 256}) == {"hidden_size": 256}
     assert parse_overrides(None) == {}
+
+
+def test_a_flag_takes_evaluations_out_of_a_recipe(tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.json")
+    *_, training_args = parse_arguments([recipe])
+    assert training_args.eval_strategy == "steps"
+    *_, training_args = parse_arguments([recipe, "--eval_strategy", "no"])
+    assert training_args.eval_strategy == "no" and "eval_steps=6 has no effect" in training_args.notes[-1]

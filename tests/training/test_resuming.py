@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import modeling_utils
+from transformers import AutoTokenizer, modeling_utils
 
 import run_language_modeling
 from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
@@ -24,8 +24,10 @@ from training_support import (
     contents,
     finish,
     recipe_for,
+    sources,
     start_command,
     wait_for,
+    write_recipe,
     write_text,
 )
 
@@ -325,3 +327,30 @@ def test_text_that_disappears_while_it_is_streamed_loses_nothing(text, tmp_path)
     train.hardlink_to(tmp_path / "elsewhere.txt")
     assert finish(start_command([recipe, "--train_file", str(train)], log)) == [0], log.read_text()
     assert "Resuming from" in log.read_text()
+
+
+def test_optimizer_that_keeps_factors_resumes(text, tmp_path):
+    values = {"optim": "adafactor", "learning_rate": 1e-2, "max_steps": 8}
+    assert run_language_modeling.main([recipe_for(text, tmp_path / "whole", **values)]) == 0
+    recipe = recipe_for(text, tmp_path / "cut", **values)
+    assert run_language_modeling.main([recipe]) == 0
+    for name in ("checkpoint-8", "model.safetensors", "metrics.json"):
+        target = tmp_path / "cut" / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    assert run_language_modeling.main([recipe]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_tokenizer_with_other_special_tokens_resumes(text, tmp_path):
+    """The Trainer writes these into the config that is saved."""
+    tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    given = sources(text, output_dir=str(tmp_path / "run"), tokenizer_name=str(tmp_path / "tokenizer"))
+    recipe = write_recipe(tmp_path / "run.json", max_steps=8, **given)
+    assert run_language_modeling.main([recipe]) == 0
+    before = load_file(tmp_path / "run" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    assert run_language_modeling.main([recipe]) == 0
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
