@@ -149,18 +149,6 @@ class LambdaBertConfig(BertConfig):
                 f"hidden_size={self.hidden_size} is not a multiple of num_lambda_queries={self.num_lambda_queries}: "
                 "the queries share it evenly; change one of the two."
             )
-        channels = {
-            "num_lambda_queries * key_depth": self.num_lambda_queries * self.key_depth,
-            "hidden_size / num_lambda_queries * intra_depth": self.hidden_size
-            // self.num_lambda_queries
-            * self.intra_depth,
-        }
-        for name, count in channels.items():
-            if self.lambda_norm == "layer" and count == 1:
-                raise ValueError(
-                    f"lambda_norm='layer' over {name} = 1 channel makes every query or every value the same number; "
-                    "raise one of these, or set lambda_norm to 'none'."
-                )
         scope = self.local_context_size
         if scope is not None and (scope < 1 or scope % 2 == 0):
             raise ValueError(

@@ -247,13 +247,3 @@ def test_copies(copier):
 def test_label_names_and_numbers():
     config = LambdaBertConfig(num_labels=3)
     assert config.num_labels == 3 and len(config.id2label) == 3
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"num_lambda_queries": 1, "key_depth": 1}, {"hidden_size": 4, "num_lambda_queries": 4, "intra_depth": 1}],
-)
-def test_a_norm_over_one_channel_is_refused(fields):
-    with pytest.raises(ValueError, match="lambda_norm='layer' over .* = 1 channel"):
-        LambdaBertConfig(**fields)
-    LambdaBertConfig(**fields, lambda_norm="none")

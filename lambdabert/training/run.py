@@ -131,6 +131,11 @@ class TrainingRun(ABC):
         trainer = self.trainer()
         if self.training_args.do_train:
             self.plan(trainer)
+            if self.is_finished():
+                folder = self.training_args.output_dir
+                logger.info(f"{folder} holds the result of this run: nothing is left to train, and it stays as it is.")
+                self.show(trainer)
+                return
             state = self.checkpoint_state()
             if state is None or state.global_step < self.steps:
                 if not self.train(trainer, state):
@@ -427,11 +432,16 @@ class TrainingRun(ABC):
             )
         return not trainer.stop.received
 
+    def is_finished(self) -> bool:
+        """Whether the folder holds the whole result of the same settings, whichever checkpoints are left in it."""
+        record = read_record(str(self.training_args.output_dir))
+        return record is not None and self.settings.items() <= record.items() and self.is_reported(record)
+
     def is_complete(self, trainer: InterruptibleTrainer) -> bool:
         """Whether a run whose training is finished was reported, too. Its record is that of the folder from then on."""
         logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
         self.record = read_record(str(self.training_args.output_dir)) or self.record
-        complete = self.is_reported()
+        complete = self.is_reported(self.record)
         trainer.accelerator.wait_for_everyone()
         if complete:
             logger.info(f"{self.training_args.output_dir} is complete and stays as it is.")
@@ -463,9 +473,13 @@ class TrainingRun(ABC):
         text = fingerprint(self.examples.get("validation"))
         return None if text is None else f"{text}, {self.data_args.eval_mlm_probability:g} masked"
 
-    def is_reported(self) -> bool:
-        """Whether the output folder holds the whole result of this run, as it was reported."""
-        reported = self.record.get("reported")
+    def is_reported(self, record: dict[str, Any]) -> bool:
+        """Whether the output folder holds the whole result of this run, as it was reported.
+
+        Args:
+            record: what `run_settings.json` holds.
+        """
+        reported = record.get("reported")
         if not isinstance(reported, dict) or reported.get("steps") != self.steps:
             return False
         text = self.evaluation_text

@@ -354,3 +354,20 @@ def test_tokenizer_with_other_special_tokens_resumes(text, tmp_path):
     assert run_language_modeling.main([recipe]) == 0
     after = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"save_strategy": "no", "save_steps": None},
+        {"save_strategy": "best", "save_steps": None, "eval_steps": 2},
+        {"load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 2, "eval_steps": 2},
+    ],
+    ids=["no checkpoint", "the best alone", "the best and no last"],
+)
+def test_a_finished_run_stays_whichever_checkpoints_are_left(text, tmp_path, values):
+    recipe = recipe_for(text, tmp_path / "run", max_steps=6, **values)
+    assert run_language_modeling.main([recipe]) == 0
+    before = contents(tmp_path / "run")
+    assert run_language_modeling.main([recipe]) == 0
+    assert contents(tmp_path / "run") == before
