@@ -94,6 +94,7 @@ def test_map_times_values_is_the_output_of_packed_tokens(make_model, holey, sett
         assert positional[0].shape[0] == 1  # or the batch was not packed
         packed.append(packing.unpack(output[0]))
 
+    unpack.__module__ = "lambdabert.interpretation"  # whose hooks know of packed rows
     handles = [
         block.attention.self.register_forward_hook(unpack, with_kwargs=True) for block in model.bert.encoder.layer
     ]
