@@ -258,7 +258,7 @@ def run_swap(args: argparse.Namespace) -> None:
         print(f"{text}: with the λc of the other text")
         print_table(
             ("layer", "cosine of both λc", "change of states", "nats", "changed", "[MASK]"),
-            [("own", None, None, None, None, " ".join(own))]
+            ([("own", None, None, None, None, " ".join(own))] if own else [])
             + [
                 (
                     "all" if effect["layer"] is None else str(effect["layer"]),
