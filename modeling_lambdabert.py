@@ -435,7 +435,8 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         """
         tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, **kwargs)
         token_mask = as_token_mask(attention_mask, tokens)
-        layout = lay_out(token_mask, self._may_pack(tokens, **kwargs), self._token_ids(input_ids))
+        may_pack = token_mask is not None and self._may_pack(tokens, **kwargs)
+        layout = lay_out(token_mask, may_pack, self._token_ids(input_ids))
         hidden_states = self.embeddings(
             input_ids=layout.pack(input_ids),
             token_type_ids=layout.pack(token_type_ids),
@@ -474,13 +475,10 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 "same, and inputs_embeds do not tell: give input_ids. (A hook on the model's embeddings can change "
                 "what they become.)"
             )
-        if tokens.dim() != (2 if input_ids is not None else 3):
-            name, axes = (
-                ("input_ids", "[batch, length]")
-                if input_ids is not None
-                else ("inputs_embeds", "[batch, length, hidden_size]")
-            )
-            raise ValueError(f"{name} is {list(tokens.shape)}: give {axes}.")
+        if inputs_embeds is None and tokens.dim() != 2:
+            raise ValueError(f"input_ids is {list(tokens.shape)}: give [batch, length].")
+        if input_ids is None and tokens.dim() != 3:
+            raise ValueError(f"inputs_embeds is {list(tokens.shape)}: give [batch, length, hidden_size].")
         self.embeddings.check_positions(tokens.shape[1], position_ids)
         is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:

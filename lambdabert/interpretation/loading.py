@@ -44,6 +44,11 @@ def _numbered(tokens: Sequence[str]) -> str:
     return ", ".join(f"{place} {token}" for place, token in enumerate(tokens))
 
 
+def _token_logits(outputs: Any) -> torch.Tensor:
+    """[B, N, vocabulary] of a masked language model, with a sentence task or without."""
+    return outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits
+
+
 class LoadedModel:
     """A model in float32 and evaluation mode, of the class that it was saved as, and its tokenizer.
 
@@ -149,9 +154,8 @@ class LoadedModel:
         """The likeliest token at each place of the first row."""
         if not places:
             return []
-        outputs = self.model(**inputs)
-        logits = outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits
-        return self.tokenizer.convert_ids_to_tokens(logits[0, list(places)].argmax(-1).tolist())
+        logits = _token_logits(self.model(**inputs))[0, list(places)]
+        return self.tokenizer.convert_ids_to_tokens(logits.argmax(-1).tolist())
 
     @property
     def predicts_tokens(self) -> bool:
@@ -239,8 +243,9 @@ class LoadedModel:
                     "exactly one in place of a word."
                 )
             (place,) = found
-            logits = (outputs.prediction_logits if "prediction_logits" in outputs else outputs.logits)[0, place]
-            return self._likeliest(logits, target, place, f"{self.tokenizer.mask_token} ({place})")
+            return self._likeliest(
+                _token_logits(outputs)[0, place], target, place, f"{self.tokenizer.mask_token} ({place})"
+            )
         if self.predicts_classes:
             return self._likeliest(outputs.logits[0], target, None, "its class")
         raise ValueError(

@@ -47,7 +47,7 @@ def resolve_files(patterns: list[str], field_name: str) -> list[str]:
     Raises:
         ValueError: If there are none, or files of several kinds; it names `field_name`.
     """
-    paths: list[str] = []
+    paths: dict[Path, str] = {}  # by where a name leads
     for pattern in patterns:
         if Path(pattern).is_dir():
             files = (file for file in Path(pattern).rglob("*") if file.is_file())
@@ -58,14 +58,14 @@ def resolve_files(patterns: list[str], field_name: str) -> list[str]:
             matches = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
         if not matches:
             raise ValueError(f"{field_name}={pattern!r} matches no file: check the path or the pattern.")
-        known = {Path(path).resolve() for path in paths}
-        paths += [path for path in matches if Path(path).resolve() not in known]
-    kinds = sorted({file_kind(path) for path in paths})
+        for path in matches:
+            paths.setdefault(Path(path).resolve(), path)
+    kinds = sorted({file_kind(path) for path in paths.values()})
     if len(kinds) > 1:
         raise ValueError(
             f"{field_name} mixes {' and '.join(kinds)} files: give files of one kind, for example 'folder/*.txt'."
         )
-    return paths
+    return list(paths.values())
 
 
 def _is_hidden(path: Path) -> bool:
