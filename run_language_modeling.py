@@ -185,7 +185,7 @@ class Pretraining(TrainingRun):
             config = self.config(args.vocab_size, padding=0, mask=4)
         else:
             self.tokenizer = self.named_tokenizer()
-            check_tokenizer(self.tokenizer, whole_word_mask=data_args.whole_word_mask)
+            check_tokenizer(self.tokenizer, pairs=self.objective.has_pairs, whole_word_mask=data_args.whole_word_mask)
             check_masked_sentence(args.masked_sentence, self.tokenizer.mask_token)
             config = self.config_of_tokenizer()
         check_examples_fit(config, data_args, self.objective)

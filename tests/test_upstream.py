@@ -73,7 +73,7 @@ PRIVATE = {
     ),
     "_fingerprint": (
         same_fingerprint,
-        "Prepared text is found again in the cache by it, and a run records it: another text is another run.",
+        "Prepared text is found again in the cache by it.",
     ),
     "_model_mapping": (
         lambda: callable(AutoModel._model_mapping.register),

@@ -72,11 +72,13 @@ class ExampleRecipe:
 class DocumentTokenizer:
     """Turns a batch of documents into token ids and sentence lengths.
 
-    `<unk>` becomes the unknown token, and so does a special token spelt out in the text.
+    `<unk>` becomes the unknown token, and so does a special token spelt out in the text. A sentence is tokenized as it
+    stands in the text, or as a text of its own where each is an example.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, language: str) -> None:
-        self.language = language
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: ExampleRecipe) -> None:
+        self.language = recipe.language
+        self.sentences_alone = recipe.objective == SENTENCES
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -91,7 +93,8 @@ class DocumentTokenizer:
     def __call__(self, documents: dict[str, list[str | None]]) -> pa.Table:
         """One row for each of documents {"text": [...]}, empty where there is no text."""
         document_sentences = [split_sentences(text or "", self.language) for text in documents["text"]]
-        ids, lengths = self.encode(itertools.chain.from_iterable(document_sentences))
+        sentences = itertools.chain.from_iterable(document_sentences)
+        ids, lengths = self.encode(map(str.strip, sentences) if self.sentences_alone else sentences)
         document_of_sentence = np.repeat(np.arange(len(document_sentences)), list(map(len, document_sentences)))
         counted = lengths > 0
         sentence_counts = np.bincount(document_of_sentence[counted], minlength=len(document_sentences))

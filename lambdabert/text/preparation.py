@@ -24,7 +24,7 @@ from lambdabert.text.examples import (
     StreamedExamples,
     list_lengths,
 )
-from lambdabert.text.objectives import NSP, Objective
+from lambdabert.text.objectives import NSP, SENTENCES, Objective
 from lambdabert.text.tokenizers import check_tokenizer, tokenizer_state
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,10 @@ def prepare_examples(
         documents, tokenizer, recipe and code are the same. Of an `IterableDataset` nothing is kept.
 
     Raises:
-        ValueError: If the tokenizer lacks a special token, no example can be made, there is a single document where
-            NSP needs two, or every token of the text is unknown.
+        ValueError: If the tokenizer does not fit (`check_tokenizer`), no example can be made, there is a single
+            document where NSP needs two, or every token of the text is unknown.
     """
-    check_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, pairs=recipe.objective.has_pairs)
     examples: Dataset | IterableDataset
     if isinstance(documents, IterableDataset):
         examples, summary = _stream_examples(documents, tokenizer, recipe, seed, training)
@@ -139,7 +139,7 @@ def _stream_examples(
     seed: int,
     training: bool,
 ) -> tuple[IterableDataset, PreparationSummary]:
-    tokenize = DocumentTokenizer(tokenizer, recipe.language)
+    tokenize = DocumentTokenizer(tokenizer, recipe)
     build = ExampleBuilder(tokenizer, recipe, seed, recipe.copies(training))
     summary = _look_into_stream(documents, tokenize, build)
     stream = documents.map(
@@ -164,12 +164,18 @@ def _keep_examples(
     seed: int,
     training: bool,
 ) -> tuple[Dataset, PreparationSummary]:
+    tokenize = DocumentTokenizer(tokenizer, recipe)
     tokenized = _map(
         documents,
-        DocumentTokenizer(tokenizer, recipe.language),
+        tokenize,
         recipe,
         desc="Tokenizing documents",
-        settings=(tokenizer_state(tokenizer), recipe.language, importlib.metadata.version("sentencex")),
+        settings=(
+            tokenizer_state(tokenizer),
+            recipe.language,
+            recipe.objective == SENTENCES,
+            importlib.metadata.version("sentencex"),
+        ),
     )
     lengths = list_lengths(tokenized, "input_ids")
     usable = np.flatnonzero(lengths)

@@ -16,14 +16,23 @@ WIDE_SPACE = re.compile(r"[^\S\n\t ]")
 
 
 def split_sentences(text: str, language: str = "en") -> list[str]:
-    """Splits a document into sentences. A line break ends a sentence."""
-    return [
-        sentence
-        for paragraph in text.split("\n")
-        for stretch in _stretches(paragraph)
-        for sentence in map(str.strip, _segment(language, stretch))
-        if sentence
-    ]
+    """Splits a document into sentences. A line break ends a sentence.
+
+    A sentence keeps one blank in front where there is white space, for tokenizers to which "The" and " The" are
+    different tokens.
+    """
+    sentences: list[str] = []
+    blank = ""
+    for paragraph in text.split("\n"):
+        for part in (part for stretch in _stretches(paragraph) for part in _segment(language, stretch)):
+            sentence = part.strip()
+            if sentence:
+                sentences.append((" " if part[0].isspace() else blank) + sentence if sentences else sentence)
+                blank = ""
+            if part and part[-1].isspace():
+                blank = " "
+        blank = " "
+    return sentences
 
 
 def _segment(language: str, stretch: str) -> list[str]:

@@ -20,12 +20,13 @@ LARGEST_ALPHABET = 1000  # characters, and half of a larger vocabulary: Chinese 
 LONGEST_WORD = 100  # characters
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, whole_word_mask: bool = False) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False, whole_word_mask: bool = False) -> None:
     """Refuses a tokenizer with which examples cannot be made or masked.
 
     Raises:
-        ValueError: If a special token is missing or not put around a text, the tokenizer is not a fast one, or whole
-            words are to be masked and it does not mark the parts of words, as WordPiece does.
+        ValueError: If a special token is missing or not put around a text, the tokenizer is not a fast one, `pairs` are
+            to be made and it joins two texts in another way than BERT's, or whole words are to be masked and it does
+            not mark the parts of words, as WordPiece does.
     """
     missing = [name for name in NAMED_SPECIAL_TOKENS if getattr(tokenizer, name) is None]
     if missing:
@@ -45,11 +46,31 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, whole_word_mask: bool
             f"{tokenizer.sep_token} behind it, as training does, so that the model would be used on other inputs: give "
             "it a post-processor that does (tokenizers.processors.TemplateProcessing), and save it again."
         )
+    if pairs and not joins_as_bert(tokenizer):
+        cls, sep = tokenizer.cls_token, tokenizer.sep_token
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} does not join two texts as {cls} A {sep} B {sep} with token "
+            "types 0 and 1, as training on pairs does, so that the model would be used on other inputs: use "
+            "--objective mlm, another tokenizer, or give it a post-processor that does "
+            "(tokenizers.processors.TemplateProcessing), token_type_ids among its model_input_names, and save it again."
+        )
     if whole_word_mask and not word_part_prefix(tokenizer):
         raise ValueError(
             f"whole_word_mask=True needs a WordPiece tokenizer, whose word parts are marked; "
             f"{tokenizer.name_or_path!r} is not one: use another tokenizer, or leave whole_word_mask out."
         )
+
+
+def joins_as_bert(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether two texts A and B become [CLS] A [SEP] B [SEP], with token type 1 from B on."""
+    joined = tokenizer("a", "b")
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "b"))
+    end = [tokenizer.sep_token_id]
+    types = [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    return (
+        joined["input_ids"] == [tokenizer.cls_token_id, *first, *end, *second, *end]
+        and joined.get("token_type_ids") == types
+    )
 
 
 def train_wordpiece(

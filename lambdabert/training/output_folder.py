@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 RUN_SETTINGS_NAME = "run_settings.json"
 EVALUATION_NAME = "evaluation.json"
+CARD_NAME = "README.md"
 # what `metrics_report` puts into it
 REPORT_GROUPS = {"train", "eval", "model", "data"}
 # what every `RUN_SETTINGS_NAME` holds
@@ -34,7 +35,7 @@ RUN_FILES = (
     "tokenizer*",
     TRAINING_ARGS_NAME,
     "metrics.json",
-    "README.md",
+    CARD_NAME,
     "training_curves.png",
     # of sentence-transformers
     "modules.json",
@@ -117,6 +118,18 @@ def first_of(items: list[str], separator: str, count: int = 10) -> str:
     return separator.join(items[:count]) + more
 
 
+def differing(
+    record: Mapping[str, Any], settings: Mapping[str, dict[str, Any]], may_change: Collection[str] = ()
+) -> list[str]:
+    """Says in which recorded settings, other than those of `may_change`, a run differs from its record."""
+    return [
+        f"{field} is {record[group][field]!r} there and {value!r} here"
+        for group in SETTINGS_GROUPS
+        for field, value in settings[group].items()
+        if field not in may_change and record[group].get(field, value) != value
+    ]
+
+
 def check_same_run(output_dir: str | Path, settings: dict[str, dict[str, Any]], may_change: Collection[str]) -> None:
     """Compares the settings of this run with those recorded in its output folder.
 
@@ -134,14 +147,8 @@ def check_same_run(output_dir: str | Path, settings: dict[str, dict[str, Any]], 
     record = read_record(output_dir)
     if record is None:
         return
-    differences, unrecorded = [], []
-    for group in SETTINGS_GROUPS:
-        for field, value in settings[group].items():
-            if field not in record[group]:
-                unrecorded.append(field)
-            elif record[group][field] != value and field not in may_change:
-                differences.append(f"{field} is {record[group][field]!r} there and {value!r} here")
-    if differences:
+    unrecorded = [field for group in SETTINGS_GROUPS for field in settings[group] if field not in record[group]]
+    if differences := differing(record, settings, may_change):
         raise ValueError(
             f"output_dir={output_dir} belongs to another run: {first_of(differences, '; ')}. "
             "Nothing was overwritten; give another --output_dir to start afresh, or the same settings to resume."

@@ -6,6 +6,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +33,11 @@ from lambdabert.training.checkpoints import (
 from lambdabert.training.hub import use_cache_if_hub_is_unreachable
 from lambdabert.training.memory import GIB, peak_memory
 from lambdabert.training.output_folder import (
+    CARD_NAME,
     EVALUATION_NAME,
     check_output_folder,
     check_same_run,
+    differing,
     read_record,
     record_run,
     result_files,
@@ -45,8 +48,8 @@ from lambdabert.training.settings import (
     RATE_FIELDS,
     changeable_fields,
     changed_now,
+    content_hash,
     earlier_values,
-    fingerprint,
     run_settings,
 )
 from lambdabert.training.trainer import InterruptibleTrainer
@@ -433,15 +436,30 @@ class TrainingRun(ABC):
         return not trainer.stop.received
 
     def is_finished(self) -> bool:
-        """Whether the folder holds the whole result of the same settings, whichever checkpoints are left in it."""
-        record = read_record(str(self.training_args.output_dir))
-        return record is not None and self.settings.items() <= record.items() and self.is_reported(record)
+        """Whether the folder holds the whole result of the same settings, whichever checkpoints are left in it.
+
+        Raises:
+            ValueError: it does, but not evaluated on this text, and without its last checkpoint.
+        """
+        folder = self.training_args.output_dir
+        record = read_record(str(folder))
+        if record is None or differing(record, self.settings) or not self.is_reported(record):
+            return False
+        if self.is_evaluated(record):
+            return True
+        if self.checkpoint is None or step_of(self.checkpoint) < self.steps:
+            raise ValueError(
+                f"output_dir={folder} holds the result of this run, but not evaluated on this text, and its last "
+                f"checkpoint is gone: evaluate it with --model_name_or_path {folder} and another --output_dir, without "
+                "--do_train. Nothing was overwritten."
+            )
+        return False
 
     def is_complete(self, trainer: InterruptibleTrainer) -> bool:
         """Whether a run whose training is finished was reported, too. Its record is that of the folder from then on."""
         logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
         self.record = read_record(str(self.training_args.output_dir)) or self.record
-        complete = self.is_reported(self.record)
+        complete = self.is_reported(self.record) and self.is_evaluated(self.record)
         trainer.accelerator.wait_for_everyone()
         if complete:
             logger.info(f"{self.training_args.output_dir} is complete and stays as it is.")
@@ -467,14 +485,14 @@ class TrainingRun(ABC):
         """Writes the model and its tokenizer."""
         trainer.save_model()
 
-    @property
+    @cached_property
     def evaluation_text(self) -> str | None:
         """Distinguishes masked texts of evaluation; None without one, or if it cannot be told."""
-        text = fingerprint(self.examples.get("validation"))
+        text = content_hash(self.examples.get("validation"))
         return None if text is None else f"{text}, {self.data_args.eval_mlm_probability:g} masked"
 
     def is_reported(self, record: dict[str, Any]) -> bool:
-        """Whether the output folder holds the whole result of this run, as it was reported.
+        """Whether the output folder holds all files of this run's result, as reported; its card may be edited.
 
         Args:
             record: what `run_settings.json` holds.
@@ -482,9 +500,13 @@ class TrainingRun(ABC):
         reported = record.get("reported")
         if not isinstance(reported, dict) or reported.get("steps") != self.steps:
             return False
+        files = result_files(str(self.training_args.output_dir))
+        return CARD_NAME in files and files == {**reported.get("files", {}), CARD_NAME: files[CARD_NAME]}
+
+    def is_evaluated(self, record: dict[str, Any]) -> bool:
+        """Whether a reported result was evaluated as this run is to be."""
         text = self.evaluation_text
-        evaluated = not self.training_args.do_eval or (text is not None and reported.get("evaluation") == text)
-        return evaluated and reported.get("files") == result_files(str(self.training_args.output_dir))
+        return not self.training_args.do_eval or (text is not None and record["reported"].get("evaluation") == text)
 
     def evaluate(self, trainer: InterruptibleTrainer) -> dict[str, float]:
         """Metrics of the trained model: the last evaluation's, if that was after the last step and of the same text."""
@@ -515,7 +537,7 @@ class TrainingRun(ABC):
             write_json(folder / ("metrics.json" if args.do_train else EVALUATION_NAME), numbers)
             if args.do_train:
                 card = self.model_card(trainer.state, describe_metrics(numbers))
-                (folder / "README.md").write_text(card, encoding="utf-8")
+                (folder / CARD_NAME).write_text(card, encoding="utf-8")
                 self.draw_curves(trainer.state, folder / "training_curves.png")
                 evaluated = self.evaluation_text if args.do_eval else None
                 reported = {"steps": self.steps, "evaluation": evaluated, "files": result_files(folder)}

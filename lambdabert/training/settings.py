@@ -10,10 +10,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
 
 from lambdabert.text.arguments import TextArguments
 
+EXAMPLES_HASHED_AT_A_TIME = 10_000
 # where and how fast data are prepared, not what they are
 PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers")
 # what is evaluated
@@ -80,9 +84,23 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
     return settings | {EXAMPLES_OF_A_STEP: examples_of_a_step(args)}
 
 
-def fingerprint(examples: Any) -> str | None:
-    """Distinguishes prepared texts; None for a stream's, which have none, and where there are no examples."""
-    return getattr(examples, "_fingerprint", None)
+def content_hash(examples: Dataset | IterableDataset | None) -> str | None:
+    """Distinguishes prepared texts by the examples themselves, whatever version of this code prepared them.
+
+    None for a stream's, which are not known yet, and where there are no examples.
+    """
+    if not isinstance(examples, Dataset):
+        return None
+    content = hashlib.blake2b(digest_size=8)
+    for batch in examples.with_format("arrow").iter(batch_size=EXAMPLES_HASHED_AT_A_TIME):
+        for name in sorted(batch.column_names):
+            column = batch[name].combine_chunks()
+            content.update(f"{name} {column.type} ".encode())
+            if pa.types.is_list(column.type):
+                content.update(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+                column = column.flatten()
+            content.update(column.to_numpy(zero_copy_only=False))
+    return content.hexdigest()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -111,14 +129,14 @@ def run_settings(
     """
     ignored = {*PLACE_AND_SPEED_FIELDS, *EVALUATED_FIELDS}
     data = {name: value for name, value in asdict(data_args).items() if name not in ignored}
-    data["prepared examples"] = fingerprint(examples.get("train"))
+    data["content of the examples"] = content_hash(examples.get("train"))
     data["tokenizer"] = tokenizer_hash(tokenizer)
     training = training_settings(training_args)
     if data_args.streaming:
         # each process of the loader reads a part of the stream
         training["dataloader_num_workers"] = training_args.dataloader_num_workers
     if depends_on_evaluation(training_args):
-        data["evaluation examples"] = fingerprint(examples.get("validation"))
+        data["content of the evaluation examples"] = content_hash(examples.get("validation"))
         data["eval_mlm_probability"] = data_args.eval_mlm_probability
     config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
     settings = {"data": data, "model": {**config, **model_settings}, "training": training}

@@ -26,6 +26,10 @@ def test_drawn_pairs_end_and_cover_the_document(sentence_lengths):
         assert covered == set(range(sum(sentence_lengths)))
 
 
+def stripped(text):
+    return [sentence.strip() for sentence in split_sentences(text)]
+
+
 SENTENCES = [
     "Dr. Smith moved to Washington, D.C. in 1990.",
     "It cost $3.5 million, i.e. a lot!",
@@ -35,9 +39,14 @@ SENTENCES = [
 
 
 def test_sentences_survive_abbreviations_and_spaced_full_stops():
-    assert split_sentences(" ".join(SENTENCES) + "\n\n Next line \n") == [*SENTENCES, "Next line"]
+    assert stripped(" ".join(SENTENCES) + "\n\n Next line \n") == [*SENTENCES, "Next line"]
     spaced = ["The U.S. Army left Dr. Brown 's house in 1990 .", "It rained , and nobody came ."]
-    assert split_sentences(" ".join(spaced)) == spaced
+    assert stripped(" ".join(spaced)) == spaced
+
+
+def test_a_blank_before_a_sentence_is_kept():
+    assert split_sentences("  One.  Two. Three.\n\n Four.\nFive. ") == ["One.", " Two.", " Three.", " Four.", " Five."]
+    assert split_sentences("一句。二句。\n三句。", "zh") == ["一句。", "二句。", " 三句。"]
 
 
 @pytest.mark.parametrize("space", ["\u00a0", "\u2028", "\u3000"])

@@ -1,21 +1,31 @@
 """Tokenizers: which are refused, and those that are trained."""
 
+import dataclasses
 import random
 
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lambdabert.text.arguments import DataArguments
 from lambdabert.text.masks import masking_collator
+from lambdabert.text.objectives import MLM, SENTENCES
+from lambdabert.text.preparation import prepare_examples
+from lambdabert.text.sources import load_corpus
 from lambdabert.text.tokenizers import check_tokenizer, train_wordpiece
-from text_support import SPECIAL_TOKENS, NumberedDocuments, prepare
+from text_support import SPECIAL_TOKENS, NumberedDocuments, data_arguments, json_lines, prepare, write
+
+NAMES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
+
+
+def template(pair: str | None) -> processors.TemplateProcessing:
+    ends = [(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")]
+    return processors.TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=ends)
 
 
 @pytest.mark.parametrize("missing", ["mask_token", "cls_token", "sep_token", "pad_token", "unk_token"])
 def test_a_tokenizer_without_a_special_token_is_refused(tmp_path, tokenizer, missing):
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
-    del names[missing]
+    names = {name: token for name, token in NAMES.items() if name != missing}
     incomplete = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names)
     with pytest.raises(ValueError, match=f"no {missing}.*--train_tokenizer"):
         check_tokenizer(incomplete)
@@ -23,16 +33,63 @@ def test_a_tokenizer_without_a_special_token_is_refused(tmp_path, tokenizer, mis
         prepare(tmp_path, NumberedDocuments([[2, 2], [2, 2]]), incomplete)
 
 
+@pytest.mark.parametrize(
+    ("pair", "model_input_names"),
+    [
+        ("[CLS] $A [SEP] [SEP] $B [SEP]", ["input_ids", "token_type_ids"]),  # as RoBERTa's
+        ("[CLS] $A [SEP] $B [SEP]", ["input_ids", "token_type_ids"]),  # all of type 0
+        ("[CLS] $A [SEP] $B:1 [SEP]:1", ["input_ids", "attention_mask"]),  # as DistilBERT's
+    ],
+)
+def test_pairs_need_a_tokenizer_that_joins_them_as_training_does(tmp_path, tokenizer, pair, model_input_names):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = template(pair)
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=model_input_names, **NAMES)
+    prepare(tmp_path, NumberedDocuments([[2, 2], [2, 2]]), other, objective="mlm")
+    for objective in ("nsp", "sop"):
+        with pytest.raises(
+            ValueError, match=r"does not join two texts as \[CLS\] A \[SEP\] B \[SEP\] with token types"
+        ):
+            prepare(tmp_path, NumberedDocuments([[2, 2], [2, 2]]), other, objective=objective)
+    backend.post_processor = template("[CLS] $A [SEP] $B:1 [SEP]:1")
+    fitting = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_input_names=["input_ids", "token_type_ids"], **NAMES
+    )
+    prepare(tmp_path, NumberedDocuments([[2, 2], [2, 2]]), fitting, objective="sop")
+
+
+def test_text_becomes_what_a_byte_level_tokenizer_makes_of_it(tmp_path):
+    """To which "The" and " The" are different tokens. A sentence by itself is a text of its own."""
+    sentences = ["The river runs to the sea.", "The sea is wide.", "Who sails it?", "The wind does."]
+    backend = Tokenizer(models.BPE(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        sentences, trainers.BpeTrainer(special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.post_processor = template(None)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES)
+    file = write(tmp_path / "text.jsonl", json_lines([{"text": "\n".join((" ".join(sentences[:2]), *sentences[2:]))}]))
+    arguments = data_arguments(tmp_path, train_file=file, objective="mlm", max_seq_length=64)
+    recipe = arguments.example_recipe()
+    documents = load_corpus(arguments, evaluate=False)["train"]
+
+    def ids(objective):
+        recipe_of_it = dataclasses.replace(recipe, objective=objective)
+        return prepare_examples(documents, tokenizer, recipe_of_it, seed=1, training=True)[0]["input_ids"]
+
+    assert ids(MLM) == [tokenizer(" ".join(sentences))["input_ids"]]
+    assert ids(SENTENCES) == tokenizer(sentences)["input_ids"]
+
+
 def test_whole_words_need_a_tokenizer_that_marks_word_parts(tokenizer):
     backend = Tokenizer(
         models.WordLevel({token: number for number, token in enumerate(SPECIAL_TOKENS)}, unk_token="[UNK]")
     )
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_TOKENS, strict=True))
     with pytest.raises(ValueError, match=r"does not put \[CLS\] before a text and \[SEP\] behind it"):
-        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
-    ends = [(token, SPECIAL_TOKENS.index(token)) for token in ("[CLS]", "[SEP]")]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    other = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES))
+    backend.post_processor = template(None)
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES)
     check_tokenizer(other)
     with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
         check_tokenizer(other, whole_word_mask=True)

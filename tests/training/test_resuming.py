@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, modeling_utils
 
 import run_language_modeling
 from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
+from lambdabert.training.settings import content_hash
 from lambdabert.training.trainer import PretrainingTrainer
 from training_support import (
     assert_same_weights,
@@ -371,3 +373,60 @@ def test_a_finished_run_stays_whichever_checkpoints_are_left(text, tmp_path, val
     before = contents(tmp_path / "run")
     assert run_language_modeling.main([recipe]) == 0
     assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_run_with_an_edited_card_stays(text, finished, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    (output_dir / "README.md").write_text("What this model is for.\n")
+    before = contents(output_dir)
+    assert run_language_modeling.main([recipe_for(text, output_dir)]) == 0
+    assert contents(output_dir) == before
+    shutil.rmtree(output_dir / "checkpoint-12")
+    before = contents(output_dir)
+    assert run_language_modeling.main([recipe_for(text, output_dir)]) == 0
+    assert contents(output_dir) == before
+
+
+def test_a_result_without_its_last_checkpoint_is_not_trained_again_for_another_evaluation(
+    text, finished, tmp_path, capfd
+):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    shutil.rmtree(output_dir / "checkpoint-12")
+    before = contents(output_dir)
+    other = ["--validation_file", write_text(tmp_path / "other.txt", documents=3, seed=9)]
+    message = complaint(recipe_for(text, output_dir), capfd, *other)
+    assert "not evaluated on this text, and its last checkpoint is gone" in message
+    assert contents(output_dir) == before
+    advice = [*other, "--model_name_or_path", str(output_dir), "--output_dir", str(tmp_path / "evaluated")]
+    evaluation = ["--do_eval", "--sop", "--max_seq_length=32", "--use_cpu", "--disable_tqdm=true", *advice]
+    assert run_language_modeling.main([*evaluation, "--data_cache_dir", str(text / "cache")]) == 0
+    assert (tmp_path / "evaluated" / "evaluation.json").is_file() and contents(output_dir) == before
+
+
+def test_text_prepared_by_other_code_is_the_same_run_if_the_examples_are(text, finished, tmp_path, monkeypatch):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    before = contents(output_dir)
+    monkeypatch.setattr("lambdabert.text.cache.CODE", "another version")
+    assert run_language_modeling.main([recipe_for(text, output_dir)]) == 0
+    assert contents(output_dir) == before
+
+
+def test_the_hash_of_examples_is_that_of_their_content():
+    rows = [[1, 2, 3], [4], [5, 6]]
+    examples = Dataset.from_dict({"input_ids": rows, "label": [0, 1, 0]})
+    known = content_hash(examples)
+    again = Dataset.from_dict({"label": [0, 1, 0, 1], "input_ids": [*rows, [7]]}).select([0, 1, 2])
+    assert known == content_hash(again)
+    pieces = [Dataset.from_dict({"input_ids": rows[i : i + 1], "label": [i % 2]}) for i in range(3)]
+    assert known == content_hash(concatenate_datasets(pieces))
+    for changed, labels in (
+        ([[1, 2], [3, 4], [5, 6]], [0, 1, 0]),
+        ([[1, 2, 3], [4], [5, 7]], [0, 1, 0]),
+        (rows, [0, 1, 1]),
+        ([rows[1], rows[0], rows[2]], [0, 1, 0]),
+    ):
+        assert known != content_hash(Dataset.from_dict({"input_ids": changed, "label": labels}))
+    assert content_hash(examples.to_iterable_dataset()) is None
