@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,24 @@ class Curve(NamedTuple):
     values: Sequence[Sequence[float]]
 
 
+# of the encoders, the same in all figures
+COLOURS = {
+    "LambdaBERT with repetitions": "C1",
+    "LambdaBERT": "C0",
+    "BERT": "C2",
+    "ModernBERT": "C3",
+    "ConvBERT": "C4",
+    "FNet": "C5",
+}
+OTHER_COLOURS = ("C6", "C8", "C9", "C7", *COLOURS.values())
+
+
+def colour(name: str, taken: Collection[str]) -> str:
+    """The colour of the encoder that a curve's name begins with; another if it is `taken`."""
+    own = [colour for encoder, colour in COLOURS.items() if name.startswith(encoder)]
+    return next((each for each in (*own[:1], *OTHER_COLOURS) if each not in taken), OTHER_COLOURS[-1])
+
+
 def draw_curves(panels: Sequence[Axes], curves: Mapping[str, Curve], labels: Sequence[str]) -> None:
     """Draws named curves into each panel: a line at the mean of the seeds, a band over their range.
 
@@ -49,9 +67,10 @@ def draw_curves(panels: Sequence[Axes], curves: Mapping[str, Curve], labels: Seq
     """
     for name, curve in curves.items():
         lows, means, highs = ([of(values) for values in curve.values] for of in (min, statistics.mean, max))
+        own = colour(name, [line.get_color() for line in panels[0].get_lines()])
         for panel, places in zip(panels, curve.places, strict=True):
-            (line,) = panel.plot(places, means, label=name, marker=".")
-            panel.fill_between(places, lows, highs, alpha=0.2, color=line.get_color())
+            panel.plot(places, means, label=name, marker=".", color=own)
+            panel.fill_between(places, lows, highs, alpha=0.2, color=own)
     for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)

@@ -7,10 +7,11 @@ import shutil
 from importlib import import_module
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import conversion, correctness, quality
 from benchmarks.environment import ROOT, add_environment
-from benchmarks.report import markdown_table, spread
+from benchmarks.report import COLOURS, Curve, draw_curves, markdown_table, spread
 from benchmarks.runs import Fields, RunFolder, digest, read_recipe
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -226,3 +227,23 @@ def test_user_mistakes_end_in_one_line(name, tmp_path, capsys):
         module.main([str(tmp_path / "missing.json"), *options, "--output", str(tmp_path / "output")])
     assert re.fullmatch(r"error: .*missing\.json cannot be read as JSON: .*", str(caught.value))
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("several_calls", [False, True])
+def test_encoders_have_their_colours_and_no_two_curves_the_same(several_calls):
+    panel = Figure().subplots()
+    names = [
+        "BERT",
+        "ModernBERT, 4e-3",
+        "LambdaBERT with repetitions",
+        "LambdaBERT, K = 8",
+        "LambdaBERT, K = 32",
+        "other",
+    ]
+    curves = {name: Curve([[0, 1]], [[1.0, 2.0], [2.0, 3.0]]) for name in names}
+    for together in [{name: curve} for name, curve in curves.items()] if several_calls else [curves]:
+        draw_curves([panel], together, ["steps"])
+    drawn = {line.get_label(): line.get_color() for line in panel.get_lines()}
+    assert list(drawn) == names and len(set(drawn.values())) == len(names)
+    for name, encoder in zip(names, ("BERT", "ModernBERT", "LambdaBERT with repetitions", "LambdaBERT")):
+        assert drawn[name] == COLOURS[encoder]
