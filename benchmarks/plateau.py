@@ -192,6 +192,20 @@ def watch(recipe: Recipe, name: str, steps: int, every: int, path: Path) -> dict
     return {"learning rate": learning_rate, "seed": seed, "records": callback.records}
 
 
+def check_steps(watched: Mapping[str, Any], steps: int, every: int) -> None:
+    """Raises ValueError if a model is to be watched at no steps, or is recorded at others."""
+    if steps < 0 or every < 1:
+        raise ValueError(f"steps={steps}, every={every}: watch 0 steps or more, every step or fewer.")
+    wanted = list(range(0, steps + 1, every))
+    for name, record in watched.items():
+        recorded = [each["step"] for each in record["records"]]
+        if recorded != wanted:
+            raise ValueError(
+                f"output holds {name!r} at {len(recorded)} steps up to {recorded[-1]}; steps={steps}, every={every} "
+                f"ask for {len(wanted)} up to {wanted[-1]}: name another folder, or leave it out by --models."
+            )
+
+
 def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plateau", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
@@ -212,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = RunFolder(options.output, recipe)
         summary = {**folder.summary, "models": folder.summary.get("models", {}), "recipe": recipe}
         watched = summary["models"]
-        names = [name for name in folder.selected(options.models) if name not in watched]
+        names = folder.selected(options.models)
+        check_steps({name: watched[name] for name in names if name in watched}, options.steps, options.every)
+        names = [name for name in names if name not in watched]
         check_models(recipe, names)
     taken_with = environment("datasets")
     for name in names:

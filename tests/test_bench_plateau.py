@@ -102,3 +102,11 @@ def test_watching_changes_nothing_that_is_learned(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(plateau, "watch", lambda *args: pytest.fail("a finished model was watched again"))
     plateau.main(command)
+    for steps, every, message in (
+        ("12", "4", r"'BERT' at 3 steps up to 8; steps=12, every=4 ask for 4 up to 12"),
+        ("8", "2", "ask for 5 up to 8"),
+        ("8", "0", "every=0"),
+        ("-1", "4", "steps=-1"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            plateau.main([*command[:-4], "--steps", steps, "--every", every])
