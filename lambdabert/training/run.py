@@ -45,6 +45,7 @@ from lambdabert.training.output_folder import (
 from lambdabert.training.rehearsal import rehearse
 from lambdabert.training.report import describe_metrics, describe_run, metrics_report, write_json
 from lambdabert.training.settings import (
+    LENGTH_FIELDS,
     RATE_FIELDS,
     changeable_fields,
     changed_now,
@@ -134,20 +135,17 @@ class TrainingRun(ABC):
         trainer = self.trainer()
         if self.training_args.do_train:
             self.plan(trainer)
-            if self.is_finished():
+            state = self.checkpoint_state()
+            end = state if state is not None and state.global_step >= self.steps else None
+            if self.is_finished(trainer, at_end=end is not None):
                 folder = self.training_args.output_dir
                 logger.info(f"{folder} holds the result of this run: nothing is left to train, and it stays as it is.")
                 self.show(trainer)
                 return
-            state = self.checkpoint_state()
-            if state is None or state.global_step < self.steps:
-                if not self.train(trainer, state):
-                    return
-            elif self.is_complete(trainer):
-                self.show(trainer)
+            if end is not None:
+                self.restore(trainer, end)
+            elif not self.train(trainer, state):
                 return
-            else:
-                self.restore(trainer, state)
             self.save(trainer)
         metrics = self.evaluate(trainer)
         self.report(trainer, metrics)
@@ -435,40 +433,39 @@ class TrainingRun(ABC):
             )
         return not trainer.stop.received
 
-    def is_finished(self) -> bool:
-        """Whether the folder holds the whole result of the same settings, whichever checkpoints are left in it.
+    def is_finished(self, trainer: InterruptibleTrainer, at_end: bool) -> bool:
+        """Whether the folder holds the whole result of this run, whichever checkpoints are left in it.
+
+        Args:
+            trainer: the run's.
+            at_end: whether the checkpoint is that of the last step.
 
         Raises:
-            ValueError: it does, but not evaluated on this text, and without its last checkpoint.
+            ValueError: it does, but not evaluated on this text, and without the checkpoint of the last step.
         """
         folder = self.training_args.output_dir
-        record = read_record(str(folder))
-        if record is None or differing(record, self.settings) or not self.is_reported(record):
-            return False
-        if self.is_evaluated(record):
-            return True
-        if self.checkpoint is None or step_of(self.checkpoint) < self.steps:
+        record = read_record(str(folder)) or {}
+        is_result = (
+            bool(record)
+            and not differing(record, self.settings, LENGTH_FIELDS if at_end else ())
+            and self.is_reported(record)
+        )
+        is_evaluated = is_result and self.is_evaluated(record)
+        trainer.accelerator.wait_for_everyone()  # no process has written anything yet
+        if is_result and not is_evaluated and not at_end:
             raise ValueError(
                 f"output_dir={folder} holds the result of this run, but not evaluated on this text, and its last "
                 f"checkpoint is gone: evaluate it with --model_name_or_path {folder} and another --output_dir, without "
                 "--do_train. Nothing was overwritten."
             )
-        return False
-
-    def is_complete(self, trainer: InterruptibleTrainer) -> bool:
-        """Whether a run whose training is finished was reported, too. Its record is that of the folder from then on."""
-        logger.info(f"{self.checkpoint} is the end of this run: nothing is left to train.")
-        self.record = read_record(str(self.training_args.output_dir)) or self.record
-        complete = self.is_reported(self.record) and self.is_evaluated(self.record)
-        trainer.accelerator.wait_for_everyone()
-        if complete:
-            logger.info(f"{self.training_args.output_dir} is complete and stays as it is.")
-        return complete
+        return is_evaluated
 
     def restore(self, trainer: InterruptibleTrainer, state: TrainerState) -> None:
-        """Loads the result of a finished run from its checkpoints."""
-        trainer.state = state
+        """Loads the result of a finished run from its checkpoints. Its record is that of the folder from then on."""
         checkpoint = Path(str(self.checkpoint))
+        logger.info(f"{checkpoint} is the end of this run: nothing is left to train.")
+        self.record = read_record(str(self.training_args.output_dir)) or self.record
+        trainer.state = state
         best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         trainer.load_weights(best if self.training_args.load_best_model_at_end and best.exists() else checkpoint)
 
