@@ -192,9 +192,16 @@ def finish(*processes):
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
+def is_json(text):
+    try:
+        return bool(json.loads(text))
+    except json.JSONDecodeError:
+        return False
+
+
 def wait_for(file, process):
-    """Waits until a process has written a file."""
-    while not file.exists():
+    """Waits until a process has written a file, all of it if it is JSON."""
+    while not (file.is_dir() or file.exists() and (file.suffix != ".json" or is_json(file.read_text()))):
         assert os.waitpid(process, os.WNOHANG) == (0, 0), f"the run ended before it wrote {file}"
         time.sleep(0.005)
 

@@ -73,15 +73,15 @@ class DocumentTokenizer:
     """Turns a batch of documents into token ids and sentence lengths.
 
     `<unk>` becomes the unknown token, and so does a special token spelt out in the text. A sentence is tokenized as it
-    stands in the text, or as a text of its own where each is an example.
+    stands in the text, or as a text of its own where each is an example or the tokenizer adds the blank before it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: ExampleRecipe) -> None:
         self.language = recipe.language
-        self.sentences_alone = recipe.objective == SENTENCES
         self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_truncation()
         self.backend.no_padding()
+        self.sentences_alone = recipe.objective == SENTENCES or self._adds_blanks()
         self.unknown_token = tokenizer.unk_token
         self.unknown_id = tokenizer.unk_token_id
         self.special_ids = np.array(tokenizer.all_special_ids)
@@ -89,6 +89,13 @@ class DocumentTokenizer:
         self.features = Features(
             {"input_ids": List(Value(self.id_type.name)), "sentence_lengths": List(Value("int32"))}
         )
+
+    def _adds_blanks(self) -> bool:
+        """Whether the tokenizer puts a blank before every text, also before one that begins with a blank."""
+        alone, behind_blank, twice = (
+            self.backend.encode(text, add_special_tokens=False).ids for text in ("a", " a", "a a")
+        )
+        return twice == [*alone, *alone] and behind_blank != alone
 
     def __call__(self, documents: dict[str, list[str | None]]) -> pa.Table:
         """One row for each of documents {"text": [...]}, empty where there is no text."""

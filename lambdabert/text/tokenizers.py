@@ -51,8 +51,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False, 
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} does not join two texts as {cls} A {sep} B {sep} with token "
             "types 0 and 1, as training on pairs does, so that the model would be used on other inputs: use "
-            "--objective mlm, another tokenizer, or give it a post-processor that does "
-            "(tokenizers.processors.TemplateProcessing), token_type_ids among its model_input_names, and save it again."
+            "--objective mlm or another tokenizer (a vocab.txt alone is read as BERT's), or give it a post-processor "
+            "that does (tokenizers.processors.TemplateProcessing) and token_type_ids among its model_input_names, and "
+            "save it again."
         )
     if whole_word_mask and not word_part_prefix(tokenizer):
         raise ValueError(

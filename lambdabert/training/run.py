@@ -1,6 +1,7 @@
 """A run of a command that trains, step by step."""
 
 import copy
+import hashlib
 import logging
 import os
 import tempfile
@@ -14,7 +15,6 @@ import datasets
 from datasets import Dataset, IterableDataset
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lambdabert.text.arguments import TextArguments
 from lambdabert.text.examples import ExampleRecipe
@@ -38,6 +38,7 @@ from lambdabert.training.output_folder import (
     check_output_folder,
     check_same_run,
     differing,
+    first_of,
     read_record,
     record_run,
     result_files,
@@ -135,15 +136,14 @@ class TrainingRun(ABC):
         trainer = self.trainer()
         if self.training_args.do_train:
             self.plan(trainer)
-            state = self.checkpoint_state()
-            end = state if state is not None and state.global_step >= self.steps else None
-            if self.is_finished(trainer, at_end=end is not None):
+            if self.is_finished(trainer):
                 folder = self.training_args.output_dir
                 logger.info(f"{folder} holds the result of this run: nothing is left to train, and it stays as it is.")
                 self.show(trainer)
                 return
-            if end is not None:
-                self.restore(trainer, end)
+            state = self.checkpoint_state()
+            if state is not None and self.at_end:
+                self.restore(trainer, state)
             elif not self.train(trainer, state):
                 return
             self.save(trainer)
@@ -290,14 +290,15 @@ class TrainingRun(ABC):
     def check_record(self) -> None:
         """Compares the settings with those recorded in the output folder. Raises ValueError if it is another run's."""
         args = self.training_args
-        # the evaluations in the checkpoints' history are those of this text
-        self.record = self.settings | {"evaluation": self.evaluation_text}
         trained = self.checkpoint is not None or any(Path(str(args.output_dir)).glob("model*.safetensors"))
         record = read_record(str(args.output_dir)) if trained and args.do_train and not args.dry_run else None
+        self.record = dict(self.settings)
         if record is None:
             return
         may_change = changeable_fields(record["training"], self.settings["training"]) if self.checkpoint else ()
         check_same_run(str(args.output_dir), self.settings, may_change)
+        if "card" in record:
+            self.record["card"] = record["card"]
         if self.checkpoint is not None:
             self.record["earlier"] = earlier_values(record, self.settings["training"], step_of(self.checkpoint))
 
@@ -374,12 +375,19 @@ class TrainingRun(ABC):
             state: the checkpoint's.
 
         Raises:
-            CheckpointError: the checkpoint is beyond the end of the run.
+            CheckpointError: the checkpoint, or the result in the folder, is beyond the end of the run.
         """
         if self.steps < state.global_step:
             raise CheckpointError(
                 f"{self.checkpoint} is beyond the {self.steps} steps of this run: give --max_steps {state.global_step} "
                 "or more, or another --output_dir."
+            )
+        record = read_record(str(self.training_args.output_dir)) or {}
+        reported = (record.get("reported") or {}).get("steps", 0)
+        if self.steps < reported:
+            raise CheckpointError(
+                f"output_dir={self.training_args.output_dir} holds the result of {reported} steps, and this run has "
+                f"{self.steps}: give --max_steps {reported} or more, or another --output_dir."
             )
         if self.steps != state.max_steps:
             logger.info(
@@ -433,41 +441,57 @@ class TrainingRun(ABC):
             )
         return not trainer.stop.received
 
-    def is_finished(self, trainer: InterruptibleTrainer, at_end: bool) -> bool:
+    @property
+    def at_end(self) -> bool:
+        """Whether the checkpoint is that of the last step."""
+        return self.checkpoint is not None and step_of(self.checkpoint) >= self.steps
+
+    def is_finished(self, trainer: InterruptibleTrainer) -> bool:
         """Whether the folder holds the whole result of this run, whichever checkpoints are left in it.
 
-        Args:
-            trainer: the run's.
-            at_end: whether the checkpoint is that of the last step.
-
         Raises:
-            ValueError: it does, but not evaluated on this text, and without the checkpoint of the last step.
+            CheckpointError: it does, but changed since or not evaluated on this text, and without the checkpoint of the
+                last step.
         """
-        folder = self.training_args.output_dir
-        record = read_record(str(folder)) or {}
-        is_result = (
-            bool(record)
-            and not differing(record, self.settings, LENGTH_FIELDS if at_end else ())
-            and self.is_reported(record)
-        )
-        is_evaluated = is_result and self.is_evaluated(record)
+        folder = str(self.training_args.output_dir)
+        record = read_record(folder) or {}
+        files = result_files(folder)
         trainer.accelerator.wait_for_everyone()  # no process has written anything yet
-        if is_result and not is_evaluated and not at_end:
-            raise ValueError(
-                f"output_dir={folder} holds the result of this run, but not evaluated on this text, and its last "
-                f"checkpoint is gone: evaluate it with --model_name_or_path {folder} and another --output_dir, without "
-                "--do_train. Nothing was overwritten."
+        reported = record.get("reported") or {}
+        may_change = LENGTH_FIELDS if self.at_end else ()
+        if reported.get("steps") != self.steps or differing(record, self.settings, may_change):
+            return False
+        # the card may be edited
+        changed = {name for name, _ in reported["files"].items() ^ files.items()} - {CARD_NAME}
+        evaluated = self.evaluation_text is not None and reported["evaluation"] == self.evaluation_text
+        if not changed and (evaluated or not self.training_args.do_eval):
+            return True
+        if self.at_end or not any(name.endswith(".safetensors") for name in files):
+            return False
+        if changed:
+            reason = f"{first_of(sorted(changed), ', ')} changed since: give another --output_dir to train again"
+        else:
+            reason = (
+                "it is not known to be evaluated on this text: give the text that it was evaluated on, or another "
+                "--output_dir; run_language_modeling.py --do_eval --model_name_or_path evaluates a model on any text"
             )
-        return is_evaluated
+        raise CheckpointError(
+            f"output_dir={folder} holds the result of this run, and its last checkpoint is gone, but {reason}. Nothing "
+            "was overwritten."
+        )
 
     def restore(self, trainer: InterruptibleTrainer, state: TrainerState) -> None:
-        """Loads the result of a finished run from its checkpoints. Its record is that of the folder from then on."""
+        """Loads the result of a finished run from its checkpoints. Its record is that of the folder from then on.
+
+        Raises:
+            CheckpointError: the checkpoint that is the result is gone, or cannot be read.
+        """
         checkpoint = Path(str(self.checkpoint))
         logger.info(f"{checkpoint} is the end of this run: nothing is left to train.")
         self.record = read_record(str(self.training_args.output_dir)) or self.record
         trainer.state = state
-        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        trainer.load_weights(best if self.training_args.load_best_model_at_end and best.exists() else checkpoint)
+        trainer.start_clock(state.log_history)
+        trainer.load_weights(trainer.best_checkpoint(checkpoint) or checkpoint)
 
     def save(self, trainer: InterruptibleTrainer) -> None:
         """Writes what was trained into the output folder.
@@ -488,34 +512,18 @@ class TrainingRun(ABC):
         text = content_hash(self.examples.get("validation"))
         return None if text is None else f"{text}, {self.data_args.eval_mlm_probability:g} masked"
 
-    def is_reported(self, record: dict[str, Any]) -> bool:
-        """Whether the output folder holds all files of this run's result, as reported; its card may be edited.
-
-        Args:
-            record: what `run_settings.json` holds.
-        """
-        reported = record.get("reported")
-        if not isinstance(reported, dict) or reported.get("steps") != self.steps:
-            return False
-        files = result_files(str(self.training_args.output_dir))
-        return CARD_NAME in files and files == {**reported.get("files", {}), CARD_NAME: files[CARD_NAME]}
-
-    def is_evaluated(self, record: dict[str, Any]) -> bool:
-        """Whether a reported result was evaluated as this run is to be."""
-        text = self.evaluation_text
-        return not self.training_args.do_eval or (text is not None and record["reported"].get("evaluation") == text)
-
     def evaluate(self, trainer: InterruptibleTrainer) -> dict[str, float]:
-        """Metrics of the trained model: the last evaluation's, if that was after the last step and of the same text."""
+        """Metrics of the trained model: those of the last step's evaluation, if that was a part of this training."""
         if not self.training_args.do_eval:
             return {}
-        same_text = self.evaluation_text is not None and self.record.get("evaluation") == self.evaluation_text
         state = trainer.state
         last = [each for each in state.log_history if "eval_loss" in each and each["step"] == state.global_step]
         args = self.training_args
         in_other_precision = args.bf16_full_eval or args.fp16_full_eval  # than evaluations while training
-        if not last or not same_text or args.load_best_model_at_end or in_other_precision:
-            return trainer.evaluate()
+        if self.at_end:  # a checkpoint does not say on which text it was evaluated
+            state.log_history = [each for each in state.log_history if each not in last]
+        if not last or self.at_end or args.load_best_model_at_end or in_other_precision:
+            last = [trainer.evaluate()]
         return {name: value for name, value in last[-1].items() if name.startswith("eval_")}
 
     def report(self, trainer: InterruptibleTrainer, metrics: dict[str, float]) -> None:
@@ -533,9 +541,16 @@ class TrainingRun(ABC):
             numbers = metrics_report(self.model, self.summaries, trainer.state.log_history, metrics)
             write_json(folder / ("metrics.json" if args.do_train else EVALUATION_NAME), numbers)
             if args.do_train:
-                card = self.model_card(trainer.state, describe_metrics(numbers))
-                (folder / CARD_NAME).write_text(card, encoding="utf-8")
+                self.write_card(folder / CARD_NAME, self.model_card(trainer.state, describe_metrics(numbers)))
                 self.draw_curves(trainer.state, folder / "training_curves.png")
                 evaluated = self.evaluation_text if args.do_eval else None
                 reported = {"steps": self.steps, "evaluation": evaluated, "files": result_files(folder)}
                 record_run(folder, self.record | {"reported": reported})
+
+    def write_card(self, file: Path, card: str) -> None:
+        """Writes the model card, unless the one there was edited since."""
+        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != self.record.get("card"):
+            logger.warning(f"{file} was edited and stays as it is; metrics.json has the new numbers.")
+            return
+        file.write_text(card, encoding="utf-8")
+        self.record["card"] = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +99,23 @@ class InterruptibleTrainer(Trainer):
         Raises:
             CheckpointError: the checkpoint does not fit the run, the loss is not finite, or the disk is full.
         """
+        history = []
         if isinstance(resume_from_checkpoint, str):
             checkpoint = Path(resume_from_checkpoint)
             self.check_checkpoint(checkpoint, earlier or {})
+            self.best_checkpoint(checkpoint)
             history = read_state(checkpoint).log_history
-            self.seconds = max((record.get("seconds", 0.0) for record in history), default=0.0)
             self.add_callback(OwnSchedule(self, earlier or {}))
-        self.clock = time.monotonic()
+        self.start_clock(history)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.stop.restore()
+
+    def start_clock(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Counts the seconds of the run from where the log of its earlier steps ends."""
+        self.seconds = max((record.get("seconds", 0.0) for record in history), default=0.0)
+        self.clock = time.monotonic()
 
     def check_checkpoint(self, checkpoint: Path, earlier: Mapping[str, Any]) -> None:
         """Reads all that the Trainer will load, and compares it with this run.
@@ -152,11 +158,30 @@ class InterruptibleTrainer(Trainer):
             # tied weights are stored once
             model.load_state_dict({name: weight for file in files for name, weight in file.items()}, strict=False)
 
+    def best_checkpoint(self, checkpoint: Path) -> Path | None:
+        """The best checkpoint until another one beside it, if the best is to be the result; None before there is any.
+
+        Raises:
+            CheckpointError: it is gone.
+        """
+        best_step = read_state(checkpoint).best_global_step
+        if not self.args.load_best_model_at_end or not best_step:
+            return None
+        best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best_step}")
+        if not best.is_dir():
+            raise CheckpointError(
+                f"{best}, the best of this run, is gone, so that its result cannot be the best: put it back, or give "
+                "another --output_dir. Nothing was overwritten."
+            )
+        return best
+
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            self.load_weights(Path(str(self.state.best_model_checkpoint)))
+            # the state names the folder that the checkpoint was written to, which may have been copied since
+            best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            self.load_weights(Path(str(self.args.output_dir)) / best)
 
     def not_finite(self, what: str) -> CheckpointError:
         last = last_complete_checkpoint(str(self.args.output_dir))

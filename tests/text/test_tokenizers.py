@@ -4,7 +4,7 @@ import dataclasses
 import random
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lambdabert.text.arguments import DataArguments
@@ -58,11 +58,18 @@ def test_pairs_need_a_tokenizer_that_joins_them_as_training_does(tmp_path, token
     prepare(tmp_path, NumberedDocuments([[2, 2], [2, 2]]), fitting, objective="sop")
 
 
-def test_text_becomes_what_a_byte_level_tokenizer_makes_of_it(tmp_path):
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level, own blank", "Metaspace", "prepended blank"])
+def test_text_becomes_what_a_tokenizer_that_sees_blanks_makes_of_it(tmp_path, kind):
     """To which "The" and " The" are different tokens. A sentence by itself is a text of its own."""
     sentences = ["The river runs to the sea.", "The sea is wide.", "Who sails it?", "The wind does."]
     backend = Tokenizer(models.BPE(unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind.startswith("byte-level"):
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space="own" in kind)
+    elif kind == "Metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         sentences, trainers.BpeTrainer(special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
