@@ -41,6 +41,7 @@ from lambdabert.interpretation.figures import draw_contributions, draw_maps, dra
 from lambdabert.interpretation.intervals import FEWEST_GROUPS
 from lambdabert.interpretation.loading import LoadedModel, read_texts
 from lambdabert.interpretation.page import PARTS_OF_LAYER
+from lambdabert.interpretation.tasks import check_probes
 
 FIGURES = (".svg", ".png")
 PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # by module
@@ -309,6 +310,7 @@ def run_probe(args: argparse.Namespace) -> None:
     for file, task in zip(args.tasks, tasks):
         if (same := [other for other, one in zip(args.tasks, tasks) if one.name == task.name]) != [file]:
             raise ValueError(f"tasks: {' and '.join(map(str, same))} are all named {task.name}; rename one.")
+        check_probes(task, f"task={file}")
     loaded = LoadedModel(args.model)
     results = {}
     for task in tasks:

@@ -1,13 +1,14 @@
 """What the fine-tuning examples share: options, data from files or the hub, and mistakes reported in one line."""
 
+import csv
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -53,13 +54,20 @@ class Training(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to log to."})
 
 
+def refuse(message: str) -> NoReturn:
+    """Raises ValueError, where a parser would print all options and exit."""
+    raise ValueError(message)
+
+
 def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     """Reads flags into one instance of each dataclass.
 
     Raises:
         ValueError: options contradict each other, there is no such model, or the output folder holds something.
     """
-    options, training = HfArgumentParser(groups).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(groups)
+    parser.error = refuse
+    options, training = parser.parse_args_into_dataclasses(argv)
     if (options.dataset_name is None) == (options.train_file is None):
         raise ValueError("Name the data by either --train_file or --dataset_name.")
     if options.train_file and not (options.validation_file or options.test_file):
@@ -93,9 +101,13 @@ def read_table(file: str) -> Dataset:
     reader = READERS.get(Path(file).suffix.lower())
     if reader is None:
         raise ValueError(f"{file}: the name should end in {', '.join(READERS)}, as its format does.")
-    words = {"keep_default_na": False} if reader == "csv" else {}  # "NA" and "null" are texts
+    given: dict[str, Any] = {}
     try:
-        return load_dataset(reader, data_files=file, split="train", **words)
+        if reader == "csv":  # everything as it stands there: "NA" is a text, and "01" and "1" are two labels
+            with open(file, encoding="utf-8-sig", newline="") as lines:
+                names = next(csv.reader(lines), [])
+            given = {"keep_default_na": False, "features": Features({name: Value("string") for name in names})}
+        return load_dataset(reader, data_files=file, split="train", **given)
     except Exception as error:  # a broken file raises whatever its reader stumbles over
         raise ValueError(f"{file} cannot be read as {reader.upper()} ({error.__cause__ or error}).") from error
 
@@ -112,7 +124,11 @@ def read_splits(options: Options, columns: dict[str, str], read: Callable[[str],
         ValueError: a file cannot be read, or a split or column is missing or empty.
     """
     if options.dataset_name:
-        data, where = load_dataset(options.dataset_name, options.dataset_config), f"dataset_name={options.dataset_name}"
+        where = f"dataset_name={options.dataset_name}"
+        try:
+            data = load_dataset(options.dataset_name, options.dataset_config)
+        except Exception as error:  # as of a broken file
+            raise ValueError(f"{where} cannot be loaded ({error.__cause__ or error}).") from error
         if "train" not in data or len(data.keys() & set(SPLITS)) < 2:
             raise ValueError(f"{where} has the splits {', '.join(data)}; it takes train, and validation or test.")
     else:

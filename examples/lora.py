@@ -3,8 +3,11 @@
     python -m examples.lora --train_file banking77/train.csv --test_file banking77/test.csv --label_column category \
         --num_train_epochs 10 --learning_rate 2e-3 --output_dir models/banking77_lora
 
-What differs from examples/text_classification.py is the adapter. The result is a folder of the adapter, the pooler and
-the head, for `PeftModel.from_pretrained(model, folder)`.
+What differs from examples/text_classification.py is the adapter. The result is a folder of the adapter, the pooler, the
+head and a config with the classes:
+
+    base = AutoModelForSequenceClassification.from_pretrained(model, config=AutoConfig.from_pretrained(folder))
+    PeftModel.from_pretrained(base, folder)
 """
 
 import sys
@@ -34,9 +37,13 @@ def main(argv: list[str] | None = None) -> Metrics:
         target_modules=PROJECTIONS,
         modules_to_save=["pooler"],  # new as well, if the model comes from masked language modelling
     )
-    model = get_peft_model(new_classifier(options, splits), lora)
+    classifier = new_classifier(options, splits)
+    config = classifier.config
+    model = get_peft_model(classifier, lora)
     model.print_trainable_parameters()
-    return fine_tune(model, splits, options, training)
+    found = fine_tune(model, splits, options, training)
+    config.save_pretrained(training.output_dir)  # the classes, which an adapter does not keep
+    return found
 
 
 if __name__ == "__main__":

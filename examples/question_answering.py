@@ -39,7 +39,12 @@ def read_questions(options: AnswerOptions) -> DatasetDict:
         raise ValueError(f"stride={options.stride}: give 0 or more tokens.")
     splits = read_splits(options, COLUMNS)
     for split, rows in splits.items():
-        for context, answers in zip(rows["context"], rows["answers"]):
+        for question, context, answers in zip(rows["question"], rows["context"], rows["answers"]):
+            if not all(isinstance(text, str) and text.strip() for text in (question, context)):
+                raise ValueError(
+                    f"The {split} data has a row without a question or a context: question={question!r}, "
+                    f"context={str(context)[:50]!r}."
+                )
             if not (isinstance(answers, dict) and {"text", "answer_start"} <= answers.keys()):
                 raise ValueError(
                     f"answers={answers!r} of the {split} data: it takes {{'text': [...], 'answer_start': [...]}}, as "
@@ -47,7 +52,13 @@ def read_questions(options: AnswerOptions) -> DatasetDict:
                 )
             if not answers["text"] or not answers["text"][0]:
                 raise ValueError(f"The {split} data has a question without an answer, about {context[:50]!r}.")
-            answer, start = answers["text"][0], answers["answer_start"][0]
+            texts, starts = answers["text"], answers["answer_start"]
+            are_lists = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+            if not are_lists or not all(isinstance(start, int) for start in starts):
+                raise ValueError(
+                    f"answers={answers!r} of the {split} data: text and answer_start are lists, a number for each text."
+                )
+            answer, start = texts[0], starts[0]
             if context[start : start + len(answer)] != answer:
                 raise ValueError(f"answer_start={start} is not where {answer!r} stands in {context[:50]!r}.")
     return splits

@@ -26,16 +26,27 @@ class TextOptions(Options):
 def read_texts(options: TextOptions) -> DatasetDict:
     """The splits. Raises ValueError if the column does not hold text."""
     splits = read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
-    kind = splits["train"].features[options.text_column].dtype
-    if kind not in ("string", "large_string"):
-        raise ValueError(f"text_column={options.text_column} holds values of type {kind}, not texts; name another.")
     for split, rows in splits.items():
-        if missing := [i for i, text in enumerate(rows[options.text_column], 1) if text is None]:
+        kind = rows.features[options.text_column].dtype
+        if kind not in ("string", "large_string"):
+            raise ValueError(
+                f"text_column={options.text_column} of the {split} data holds values of type {kind}, not texts; name "
+                "another."
+            )
+        if missing := [i for i, text in enumerate(rows[options.text_column], 1) if not (text and text.strip())]:
             raise ValueError(
                 f"text_column={options.text_column}: {len(missing)} rows of the {split} data have no text, row "
                 f"{missing[0]} the first of them; leave them out."
             )
     return splits
+
+
+def place(name: str) -> tuple[bool, float, str]:
+    """What class names are sorted by: numbers come first, in their order and not in that of their digits."""
+    try:
+        return False, float(name), name
+    except ValueError:
+        return True, 0.0, name
 
 
 def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
@@ -54,7 +65,7 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
                 f"label_column={column}: {len(missing)} rows of the {split} data have no label, row {missing[0] + 1} "
                 "the first of them; give them labels or leave them out."
             )
-    names = list(map(str, sorted(set(splits["train"][column]))))  # numbers in their order, not in that of their digits
+    names = sorted({str(label) for label in splits["train"][column]}, key=place)
     if len(names) < 2:
         raise ValueError(f"label_column={column}: the training data has the one class {names}, nothing to tell apart.")
     for split, rows in splits.items():
@@ -91,6 +102,7 @@ def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel
         options.model,
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
+        problem_type="single_label_classification",  # whatever the model was for before
         ignore_mismatched_sizes=True,  # a head for other classes is replaced
     )
 

@@ -64,6 +64,11 @@ def with_tag_names(splits: DatasetDict, words_column: str, column: str) -> tuple
     """
     for split, rows in splits.items():
         for number, (words, tags) in enumerate(zip(rows[words_column], rows[column]), 1):
+            if isinstance(words, str) or isinstance(tags, str) or None in (words or ()):
+                raise ValueError(
+                    f"row {number} of the {split} data: {words_column} and {column} take lists of words and tags, "
+                    "which a CSV file cannot hold; use a CoNLL file, or JSON."
+                )
             if words is None or tags is None or None in tags or len(words) != len(tags):
                 raise ValueError(
                     f"{column}: row {number} of the {split} data has {len(tags or ())} tags for {len(words or ())} "

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
 
 from examples import lora, question_answering, sentence_embeddings, text_classification, token_classification
-from examples.common import Training, run
+from examples.common import Training, read_table, run
 from examples.question_answering import answer_scores, best_span, find_answers
 from examples.token_classification import read_tagged, span_scores, spans
 from fine_tuning_support import labelled, save_tiny_model, sentence, tagged, write_conll, write_csv
@@ -112,7 +112,9 @@ def test_lora_trains_and_saves_what_is_beside_the_encoder(model, texts, tmp_path
     saved = load_file(output / "adapter_model.safetensors")
     assert all(re.search(r"to_(queries|keys|values)\.lora_|pooler|classifier", name) for name in saved)
     assert all(weight.any() for name, weight in saved.items() if "lora_B" in name), "they start at zero"
-    base = LambdaBertForSequenceClassification.from_pretrained(model)
+    config = AutoConfig.from_pretrained(output)
+    assert config.id2label == {0: "animal", 1: "person"}
+    base = LambdaBertForSequenceClassification.from_pretrained(model, config=config)
     tuned = PeftModel.from_pretrained(base, output).eval()
     encoded, labels = zip(*labelled(24, 1))
     inputs = AutoTokenizer.from_pretrained(model)(list(encoded), padding=True, return_tensors="pt")
@@ -273,6 +275,7 @@ def test_sentence_embeddings(model, tmp_path):
         (["--prediction_loss_only=True"], "prediction_loss_only=True: the results"),
         (["--dataset_name=x"], "either --train_file or --dataset_name"),
         (["--output_dir=."], "output_dir=. holds something already"),
+        (["--learning_rate=fast"], "learning.rate: invalid float value: 'fast'"),
         (["--model=nowhere/at-all"], "model=nowhere/at-all is not the folder or hub name of a model"),
     ],
 )
@@ -321,6 +324,16 @@ def test_answers_of_another_shape_and_long_questions_are_refused(model, tmp_path
         "answers='a boat' of the train data: it takes",
         "--max_seq_length=32",
     )
+    right = rows[0]["answers"]
+    for change, message in (
+        ({"answers": right | {"answer_start": [None]}}, "text and answer_start are lists"),
+        ({"answers": right | {"answer_start": []}}, "text and answer_start are lists"),
+        ({"context": None}, "a row without a question or a context"),
+        ({"question": " "}, "a row without a question or a context"),
+    ):
+        refuses([rows[1], rows[0] | change], message, "--max_seq_length=32")
+    scalar = [row | {"answers": {name: values[0] for name, values in row["answers"].items()}} for row in rows]
+    refuses(scalar, "text and answer_start are lists", "--max_seq_length=32")
     refuses(rows, "stride=-1: give 0 or more", "--max_seq_length=32", "--stride=-1")
     rows[1]["question"] = "the fox sees " * 8
     refuses(rows, "max_seq_length=32: a question has 24 tokens, .* stride=6", "--max_seq_length=32", "--stride=6")
@@ -332,6 +345,13 @@ def test_texts_tags_and_scores_that_are_missing_are_refused(model, texts, tmp_pa
     files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
     with pytest.raises(ValueError, match="text_column=sentence: 1 rows of the train data have no text, row 2"):
         text_classification.main([f"--model={model}", *texts, *files, result])
+    table = write_csv(tmp_path / "missing.csv", ["sentence", "kind"], [("the fox", "animal"), ("", "person")])
+    with pytest.raises(ValueError, match="text_column=sentence: 1 rows of the test data have no text, row 2"):
+        text_classification.main([f"--model={model}", *texts, f"--test_file={table}", result])
+    table = write_csv(tmp_path / "tags.csv", ["tokens", "ner_tags"], [("the fox", "O O")])
+    with pytest.raises(ValueError, match="row 1 of the train data: tokens and ner_tags take lists"):
+        files = [f"--train_file={table}", f"--test_file={table}", "--max_seq_length=32"]
+        token_classification.main([f"--model={model}", *files, *QUICK, result])
     rows = [{"sentence": "the fox", "kind": ["animal"]}]
     files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
     with pytest.raises(ValueError, match="label_column=kind holds several labels in a row"):
@@ -412,3 +432,34 @@ def test_one_class_is_refused_and_other_classes_get_a_new_head(model, tmp_path):
     run(["good", "bad", "other"], tmp_path / "two", "three")
     config = json.loads((tmp_path / "three" / "config.json").read_text())
     assert list(config["id2label"].values()) == ["bad", "good", "other"]
+
+
+def test_a_table_is_read_as_it_stands(tmp_path):
+    """ "01" and "1" are two labels, and 007 is no 7."""
+    labels = ["01", "1", "10", "02", "NA", "true", "1e3", "1e3"]
+    rows = [("007" if i else "8", label) for i, label in enumerate(labels)]
+    file = write_csv(tmp_path / "table.csv", ["text", "label"], rows)
+    (tmp_path / "marked.csv").write_text("\ufeff" + Path(file).read_text())
+    for name in (file, str(tmp_path / "marked.csv")):
+        table = read_table(name)
+        assert list(zip(table["text"], table["label"])) == rows
+    splits = text_classification.with_class_labels(DatasetDict(train=table, test=table.select([7])), "label")
+    assert splits["train"].features["label"].names == ["01", "1", "02", "10", "1e3", "NA", "true"]
+    assert splits["test"]["label"] == [4]
+
+
+def test_a_model_of_another_problem_becomes_a_classifier(model, texts, tmp_path):
+    regression = LambdaBertForSequenceClassification.from_pretrained(model, num_labels=1, problem_type="regression")
+    regression.save_pretrained(tmp_path / "regression")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "regression")
+    flags = [f"--model={tmp_path / 'regression'}", f"--output_dir={tmp_path / 'result'}", "--max_steps=1"]
+    assert 0 <= text_classification.main([*flags, *texts])["test_accuracy"] <= 1
+
+
+def test_a_data_set_that_cannot_be_read_is_told_in_one_line(model, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_csv(tmp_path / "data" / "train.csv", ["text", "label"], [("the fox", "animal")])
+    write_csv(tmp_path / "data" / "train2.csv", ["words"], [("the fox",)])
+    flags = [f"--model={model}", f"--dataset_name={tmp_path / 'data'}", f"--output_dir={tmp_path / 'result'}", *QUICK]
+    with pytest.raises(ValueError, match="data cannot be loaded"):
+        text_classification.main([*flags, "--max_seq_length=32"])

@@ -421,7 +421,7 @@ class TestRefusals:
         (tmp_path / "labels/config.json").write_text(json.dumps({**config, "problem_type": problem}))
         status, _, errors = interpret("explain", "the fox", "--output", "a.json", kind=tmp_path / "labels")
         if problem == "regression":
-            assert status == 1 and "explained are" in errors
+            assert status == 1 and "predicts numbers, or has a single class" in errors
         else:
             assert status == 0, errors
             model, tokenizer = load(folders, "ForSequenceClassification")
@@ -528,6 +528,14 @@ class TestUsersFiles:
             write_task(tmp_path / folder / "t.tsv", task_rows())
         status, _, errors = interpret("probe", "a/t.tsv", "b/t.tsv")
         assert status == 1 and "tasks: a/t.tsv and b/t.tsv are all named t" in errors
+
+    def test_tasks_that_cannot_be_probed(self, interpret, tmp_path):
+        write_task(tmp_path / "a.tsv", [row for row in task_rows() if row[0] != "dev"])
+        status, _, errors = interpret("probe", "a.tsv")
+        assert status == 1 and "task=a.tsv has no example of split=dev" in errors
+        write_task(tmp_path / "a.tsv", [(*row[:3], "fox") for row in task_rows()])
+        status, _, errors = interpret("probe", "a.tsv")
+        assert status == 1 and "task=a.tsv: every example has target='fox'" in errors
 
     def test_a_label_that_train_lacks(self, tmp_path):
         rows = [("train", "a", "the fox", "_"), ("train", "b", "the dog", "_"), ("test", "a ", "a fox", "_")]

@@ -248,6 +248,11 @@ class LoadedModel:
             )
         if self.predicts_classes:
             return self._likeliest(outputs.logits[0], target, None, "its class")
+        if isinstance(self.model, CLASSIFIERS):
+            raise ValueError(
+                f"model={self.name} predicts numbers, or has a single class; explained are choices among classes. "
+                "`map` shows any model."
+            )
         raise ValueError(
             f"model={self.name} is a {type(self.model).__name__}; explained are masked language models, classifiers of "
             "texts and of tokens, and answers to questions. `map` shows any model."
@@ -292,6 +297,8 @@ class LoadedModel:
         return [str(names.get(i, i)) for i in range(self.model.config.num_labels or 0)]
 
     def _index(self, target: str) -> int:
+        if not target.strip():
+            raise ValueError("target is empty; name what is to be explained, or leave it out.")
         if self.predicts_tokens:
             token = self.tokenizer.get_vocab().get(target)
             if token is None:

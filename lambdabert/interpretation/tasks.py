@@ -68,6 +68,14 @@ def read_task(file: str | Path) -> Task:
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
 
 
+def check_probes(task: Task, name: str) -> None:
+    """Raises ValueError if probes of a task would lack a split, or have a single group."""
+    if absent := [split for split in SPLITS if split not in task.splits]:
+        raise ValueError(f"{name} has no example of split={absent[0]}; put some there.")
+    if task.groups is not None and len(set(task.groups)) == 1:
+        raise ValueError(f"{name}: every example has target={task.groups[0]!r}; give several, or leave the column out.")
+
+
 def _with_common_names(targets: list[str], name: str) -> list[str]:
     """Targets, those of a single example under one name for two of them, or three where their number is odd."""
     counts = Counter(targets)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -235,6 +236,20 @@ class TestMistakes:
         monkeypatch.setitem(export.FORMATS, "torch", export.Format("model.pt2", export.write_torch, wrong))
         said = self.refuses(capsys, tmp_path, model, "--format", "torch", "--output", tmp_path / "out")
         assert "deviates by" in said and "nothing was written" in said
+
+
+def test_the_check_sees_what_stands_beside_the_least_number():
+    """A model of questions has the least number of its type where no answer can be; no error would show beside it."""
+    logits = torch.tensor([[1.0, 2.0, torch.finfo(torch.float32).min]])
+    loaded = SimpleNamespace(program=lambda **inputs: {"start_logits": logits.clone()}, limit=None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checks, "make_inputs", lambda *args: {})
+        same = checks.largest_deviation(loaded, lambda inputs: {"start_logits": logits.clone()})
+        assert same == (("start_logits",), 0.0)
+        swapped = logits[:, [1, 0, 2]]
+        assert checks.largest_deviation(loaded, lambda inputs: {"start_logits": swapped})[1] > 0.5
+        with pytest.raises(ValueError, match="not finite"):
+            checks.largest_deviation(loaded, lambda inputs: {"start_logits": logits.clamp(min=-1e9)})
 
 
 def torch_call_with_error(read):
