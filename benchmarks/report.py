@@ -53,8 +53,8 @@ OTHER_COLOURS = ("C6", "C8", "C9", "C7", *COLOURS.values())
 
 def colour(name: str, taken: Collection[str]) -> str:
     """The colour of the encoder that a curve's name begins with; another if it is `taken`."""
-    own = [colour for encoder, colour in COLOURS.items() if name.startswith(encoder)]
-    return next((each for each in (*own[:1], *OTHER_COLOURS) if each not in taken), OTHER_COLOURS[-1])
+    own = [COLOURS[encoder] for encoder in COLOURS if name.startswith(encoder)][:1]
+    return next((each for each in (*own, *OTHER_COLOURS) if each not in taken), OTHER_COLOURS[-1])
 
 
 def draw_curves(panels: Sequence[Axes], curves: Mapping[str, Curve], labels: Sequence[str]) -> None:
