@@ -163,6 +163,13 @@ class LambdaBertConfig(BertConfig):
             )
         if self.lambda_norm not in LAMBDA_NORMS:
             raise ValueError(f"lambda_norm={self.lambda_norm!r} is unknown; set it to one of {LAMBDA_NORMS}.")
+        query_channels = self.num_lambda_queries * self.key_depth
+        value_channels = self.hidden_size // self.num_lambda_queries * self.intra_depth
+        if self.lambda_norm == "layer" and min(query_channels, value_channels) == 1:
+            raise ValueError(
+                f"lambda_norm='layer' with {query_channels} query and {value_channels} value channels: a channel alone "
+                "is its own mean, which the norm takes off; set num_lambda_queries or a depth so that there are more."
+            )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
                 f"position_embedding_type={self.position_embedding_type!r} is unknown; set it to one of "

@@ -5,20 +5,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import transformers
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 import modeling_lambdabert  # noqa: F401  makes the model type known to transformers
-from lambdabert.command_line import error_line
+from lambdabert.command_line import DataclassParser, error_line
 
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLITS = ("train", "validation", "test")
@@ -54,20 +49,13 @@ class Training(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to log to."})
 
 
-def refuse(message: str) -> NoReturn:
-    """Raises ValueError, where a parser would print all options and exit."""
-    raise ValueError(message)
-
-
 def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     """Reads flags into one instance of each dataclass.
 
     Raises:
         ValueError: options contradict each other, there is no such model, or the output folder holds something.
     """
-    parser = HfArgumentParser(groups)
-    parser.error = refuse
-    options, training = parser.parse_args_into_dataclasses(argv)
+    options, training = DataclassParser(dataclass_types=groups).parse_args_into_dataclasses(argv)
     if (options.dataset_name is None) == (options.train_file is None):
         raise ValueError("Name the data by either --train_file or --dataset_name.")
     if options.train_file and not (options.validation_file or options.test_file):

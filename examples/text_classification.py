@@ -96,7 +96,7 @@ def labelled(splits: DatasetDict, column: str) -> DatasetDict:
 
 
 def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel:
-    """The model, with a new head for the classes of the data."""
+    """The model, with a new head for the classes of the data, unless it has one for as many."""
     names = splits["train"].features[options.label_column].names
     return AutoModelForSequenceClassification.from_pretrained(
         options.model,

@@ -1,4 +1,4 @@
-"""What the commands that train nothing share: their parser, and one line for what goes wrong."""
+"""What the commands share: parsers that report a mistake in one line, and that line."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
 from transformers.utils import logging
 
 
@@ -19,13 +20,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists all options.")
 
 
+class DataclassParser(Parser, HfArgumentParser):
+    """The same for options that are the fields of dataclasses."""
+
+
 def error_line(error: Exception) -> str:
     """What a command says of an error, in one line."""
     return f"error: {' '.join(str(error).split())}"
 
 
 def run_command(parser: Parser, argv: Sequence[str] | None, run: Callable[[argparse.Namespace], None]) -> int:
-    """Runs a command; what a user can fix is reported in one line on stderr.
+    """Runs a command that trains nothing; what a user can fix is reported in one line on stderr.
 
     Args:
         parser: of its arguments.

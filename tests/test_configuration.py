@@ -165,6 +165,13 @@ def test_unknown_norm_lists_the_known_ones():
         assert known in str(error.value)
 
 
+@pytest.mark.parametrize("fields", [{"num_lambda_queries": 16}, {"num_lambda_queries": 1, "key_depth": 1}])
+def test_layer_norm_of_one_channel_is_refused(fields):
+    with pytest.raises((ValueError, StrictDataclassError), match="lambda_norm='layer' .*(with|and) 1 (query|value)"):
+        LambdaBertConfig(hidden_size=16, **fields)
+    assert LambdaBertConfig(hidden_size=16, **fields, lambda_norm="rms").lambda_norm == "rms"
+
+
 @pytest.mark.parametrize(
     "positions, scope, longest", [("absolute", None, 77), ("absolute", 25, 77), ("none", None, 77), ("none", 25, None)]
 )

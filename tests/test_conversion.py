@@ -297,6 +297,8 @@ class TestRefusals:
             LambdaBertModel.from_bert(tiny_bert(), lambda_depth=3)
         with pytest.raises(ValueError, match="num_lambda_queries=5"):
             LambdaBertModel.from_bert(tiny_bert(), num_lambda_queries=5)
+        with pytest.raises(ValueError, match="num_attention_heads has no effect"):
+            LambdaBertModel.from_bert(tiny_bert(), num_attention_heads=2)
 
 
 def test_report_reads_well(caplog):

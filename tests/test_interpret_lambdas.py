@@ -342,6 +342,7 @@ class TestRefusals:
             (("topics", "empty.txt"), "file=empty.txt holds no text"),
             (("topics", "one.txt"), "one.txt: 2 texts, of which none is nearer than another; give 3 or more."),
             (("topics", "shape.tsv"), "file=shape.tsv has the columns"),
+            (("topics", "topics.tsv"), "file=topics.tsv, line 4 has no topic; give every text one"),
             (("probe", "none.tsv"), "task=none.tsv cannot be read"),
             (("probe", "shape.tsv"), "task=shape.tsv lacks the column split"),
             (("probe", "ragged.tsv"), "task=ragged.tsv, line 3 has 2 columns, the header 3"),
@@ -357,6 +358,7 @@ class TestRefusals:
         (tmp_path / "empty.txt").write_text("\n \n")
         (tmp_path / "one.txt").write_text("the fox\nthe dog\n")
         (tmp_path / "shape.tsv").write_text("a\tb\n1\t2\n")
+        (tmp_path / "topics.tsv").write_text("text\ttopic\n\nthe fox\tx\nthe dog\t \nthe cat\tx\n")
         header = "split\tlabel\ttext"
         write_task(tmp_path / "ragged.tsv", [("train", "a", "b"), ("train", "a")], header)
         write_task(tmp_path / "split.tsv", [("valid", "a", "b")], header)

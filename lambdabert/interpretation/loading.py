@@ -329,7 +329,12 @@ def read_texts(file: str | Path) -> tuple[list[str], list[str] | None]:
                 f"file={file} has the columns {list(columns)} and {len(lines)} rows; name a column text in the first "
                 "line, and topic where known, separated by tabs."
             )
-        return columns["text"], columns.get("topic")
+        topics = columns.get("topic")
+        if without := [line for line, topic in zip(lines, topics or ()) if not topic.strip()]:
+            raise ValueError(
+                f"file={file}, line {without[0]} has no topic; give every text one, or leave out the column."
+            )
+        return columns["text"], topics
     try:
         texts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

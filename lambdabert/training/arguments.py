@@ -3,11 +3,12 @@
 import dataclasses
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from lambdabert.command_line import DataclassParser
 from lambdabert.training.option_rules import (
     DEFAULT_OUTPUT_DIR,
     REFUSED,
@@ -79,28 +80,18 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Names defaults, and keeps the lines of the description."""
 
 
-class OneLineParser(HfArgumentParser):
-    """Reports a mistake as a `ValueError` instead of printing all options, and shows none that is refused.
-
-    Args:
-        groups: the dataclasses of the options.
-        description: what the command does, for `--help`.
-    """
-
-    def __init__(self, groups: tuple[Any, ...], description: str | None):
-        super().__init__(
-            groups,
-            allow_abbrev=False,
-            usage="%(prog)s [RECIPE.json] [options]",
-            description=description,
-            formatter_class=HelpFormatter,
-        )
-        for action in self._actions:
-            if action.dest in REFUSED:
-                action.help = SUPPRESS
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists all options)")
+def make_parser(groups: tuple[Any, ...], description: str | None) -> DataclassParser:
+    """The parser of a command that trains, whose `--help` shows no option that is refused."""
+    parser = DataclassParser(
+        dataclass_types=groups,
+        usage="%(prog)s [RECIPE.json] [options]",
+        description=description,
+        formatter_class=HelpFormatter,
+    )
+    for action in parser._actions:
+        if action.dest in REFUSED:
+            action.help = SUPPRESS
+    return parser
 
 
 def list_options(groups: tuple[Any, ...]) -> dict[str, Option]:
@@ -135,7 +126,7 @@ def parse_arguments(argv: list[str], groups: tuple[Any, ...], description: str |
     recipe: dict[str, Any] = {}
     if argv and argv[0].endswith(".json"):
         recipe, argv = read_recipe(argv[0], options), argv[1:]
-    read = OneLineParser(groups, description).parse_args(argv, Namespace(**dict.fromkeys(options)))
+    read = make_parser(groups, description).parse_args(argv, Namespace(**dict.fromkeys(options)))
     flags = {name: value for name, value in vars(read).items() if value is not None}
     values = {**recipe, **flags}
     check_values(values)

@@ -79,6 +79,17 @@ def test_two_processes_equal_one_with_the_same_global_batch(text, one_process, t
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("over_all", [True, False], ids=["mean over all", "mean over each"])
+def test_logged_loss_is_of_one_token_in_any_number_of_processes(text, over_all, tmp_path):
+    """Before anything is learned, two processes log the loss that one does."""
+    first_step = {"objective": "mlm", "max_steps": 1, "logging_steps": 1, "do_eval": False, "eval_steps": None}
+    first_step |= {"average_tokens_across_devices": over_all, "validation_file": None}
+    run(text, tmp_path / "one", **first_step)
+    run(text, tmp_path / "two", processes=2, per_device_train_batch_size=2, **first_step)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["train"] for name in ("one", "two"))
+    assert two["mlm_loss"] == pytest.approx(one["mlm_loss"], rel=1e-5)
+
+
 def test_goes_on_with_another_number_of_processes(text, one_process, tmp_path):
     """Each step sees the examples that it would have seen."""
     output_dir = tmp_path / "run"

@@ -160,6 +160,51 @@ def test_learning_rate_that_is_not_given(text, pretrained, tmp_path, further):
     assert pretraining.settings["training"]["learning_rate"] == pretraining.training_args.learning_rate
 
 
+def test_evaluation_in_half_precision_is_reported_in_place_of_the_last_steps(text, tmp_path):
+    """The Trainer rounds weights only where it evaluates after training."""
+    recipe = write_recipe(
+        tmp_path / "r.json",
+        output_dir=str(tmp_path / "run"),
+        bf16_full_eval=True,
+        max_steps=2,
+        eval_steps=2,
+        save_steps=2,
+        **sources(text),
+    )
+    assert finish(start_command([recipe], tmp_path / "log")) == [0], (tmp_path / "log").read_text()
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    (while_training,) = [each["eval_mlm_loss"] for each in state["log_history"] if "eval_mlm_loss" in each]
+    reported = json.loads((tmp_path / "run" / "metrics.json").read_text())["eval"]["eval_mlm_loss"]
+    assert reported != while_training and reported == pytest.approx(while_training, rel=1e-2)
+
+
+@pytest.mark.parametrize("warmup_steps, said", [(2, True), (1, False)])
+def test_warm_up_that_lasts_the_whole_run_is_told(text, tmp_path, warmup_steps, said):
+    recipe = write_recipe(
+        tmp_path / "r.json",
+        output_dir=str(tmp_path / "run"),
+        warmup_steps=warmup_steps,
+        max_steps=2,
+        do_eval=False,
+        eval_steps=None,
+        **sources(text, validation_file=None),
+    )
+    log = tmp_path / "log"
+    assert finish(start_command([recipe], log)) == [0], log.read_text()
+    assert ("warmup_steps=2: the learning rate rises over all 2 steps" in log.read_text()) == said
+
+
+def test_interruption_before_training_is_one_line(text, tmp_path, monkeypatch, capfd):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_language_modeling.Pretraining, "prepare", interrupted)
+    recipe = write_recipe(tmp_path / "r.json", output_dir=str(tmp_path / "run"), **sources(text))
+    assert run_language_modeling.main([recipe]) == 130
+    assert capfd.readouterr().err.splitlines()[-1] == "Interrupted."
+    assert not (tmp_path / "run").exists()
+
+
 def test_streaming_trains(text, tmp_path):
     recipe = write_recipe(
         tmp_path / "r.json", output_dir=str(tmp_path / "run"), streaming=True, shuffle_buffer_size=8, **sources(text)
