@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 LAMBDA_NORMS = ("batch", "layer", "rms", "none")
 POSITION_EMBEDDING_TYPES = ("absolute", "none")
 CLASSIFIER_POOLINGS = ("cls", "sep")
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 RANGES = {  # lowest value, and what all stay below: fields
     (1, float("inf")): (
@@ -163,12 +164,10 @@ class LambdaBertConfig(BertConfig):
             )
         if self.lambda_norm not in LAMBDA_NORMS:
             raise ValueError(f"lambda_norm={self.lambda_norm!r} is unknown; set it to one of {LAMBDA_NORMS}.")
-        query_channels = self.num_lambda_queries * self.key_depth
-        value_channels = self.hidden_size // self.num_lambda_queries * self.intra_depth
-        if self.lambda_norm == "layer" and min(query_channels, value_channels) == 1:
+        if self.lambda_norm == "layer" and self.hidden_size == self.num_lambda_queries and self.intra_depth == 1:
             raise ValueError(
-                f"lambda_norm='layer' with {query_channels} query and {value_channels} value channels: a channel alone "
-                "is its own mean, which the norm takes off; set num_lambda_queries or a depth so that there are more."
+                f"num_lambda_queries={self.num_lambda_queries} leaves hidden_size={self.hidden_size} a single channel "
+                "of values, which lambda_norm='layer' takes off as its own mean: use fewer, or another norm."
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
@@ -179,6 +178,8 @@ class LambdaBertConfig(BertConfig):
             raise ValueError(
                 f"classifier_pooling={self.classifier_pooling!r} is unknown; set it to one of {CLASSIFIER_POOLINGS}."
             )
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"problem_type={self.problem_type!r} is unknown; set it to one of {PROBLEM_TYPES}.")
         for field in ("is_decoder", "add_cross_attention"):
             if getattr(self, field):
                 raise ValueError(f"{field}=True: LambdaBERT is an encoder that sees both directions; set it to False.")

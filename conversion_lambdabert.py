@@ -13,16 +13,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, PreTrainedModel
 
 # fields that say how a model was saved or run, not what it is
-NOT_CARRIED = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "model_type",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "transformers_version",
-)
+WITHOUT_EFFECT = ("_name_or_path", "architectures", "dtype", "model_type", "transformers_version")
+NOT_CARRIED = (*WITHOUT_EFFECT, "output_attentions", "output_hidden_states", "return_dict")
 FIXED_BY_WEIGHTS = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "type_vocab_size")
 OUTPUT = (".attention.output.dense.weight", ".attention.output.dense.bias")
 COMPUTED = (".attention.self.to_values.weight", *OUTPUT)
@@ -104,7 +96,7 @@ def load_bert(
         bert_class: the class that a folder is loaded as.
 
     Raises:
-        ValueError: as `check_bert`; `bert` is none of the three; or weights of its encoder are missing.
+        ValueError: as `check_bert`; `bert` is none of the three; or weights of its encoder are not in its folder.
         OSError: no such folder or hub name.
     """
     if isinstance(bert, PreTrainedModel):
@@ -132,6 +124,10 @@ def converted_config(config: BertConfig, config_class: type[BertConfig], setting
         raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
     if "num_attention_heads" in settings:
         raise ValueError("num_attention_heads has no effect in a LambdaBERT; give num_lambda_queries.")
+    if without := sorted(set(settings) & set(WITHOUT_EFFECT)):
+        raise ValueError(
+            f"{without[0]} has no effect on a conversion; leave it out, and change the model that it gives."
+        )
     for field in FIXED_BY_WEIGHTS:
         if settings.get(field, getattr(config, field)) != getattr(config, field):
             raise ValueError(
@@ -140,8 +136,12 @@ def converted_config(config: BertConfig, config_class: type[BertConfig], setting
             )
     fields = {name: value for name, value in config.to_dict().items() if name in BertConfig().to_dict()}
     fields = {name: value for name, value in fields.items() if name not in NOT_CARRIED}
-    if settings.get("num_labels", config.num_labels) != config.num_labels:
+    if settings.get("num_labels", config.num_labels) != config.num_labels or settings.keys() & {"id2label", "label2id"}:
         fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
+    if "id2label" in settings and "label2id" not in settings:
+        fields["label2id"] = {name: number for number, name in settings["id2label"].items()}
+    if "label2id" in settings and "id2label" not in settings:
+        fields["id2label"] = {number: name for name, number in settings["label2id"].items()}
     return config_class(**{**fields, "num_lambda_queries": config.num_attention_heads, **settings})
 
 
@@ -195,6 +195,29 @@ def start_from_attention(
     output.bias.copy_(out.bias + out.weight @ given.bias)
 
 
+def check_encoder(given: set[str], own: set[str], layers: int) -> None:
+    """Refuses a BERT whose encoder has other weights than its config says, as adapters and pruning leave it.
+
+    Args:
+        given: bare names of the BERT's weights.
+        own: those of the LambdaBERT's.
+        layers: how many the config says.
+
+    Raises:
+        ValueError: there are.
+    """
+    wanted = {name for name in own if name.startswith(ENCODER) and ".attention.self." not in name}
+    for i in range(layers):
+        for part in ("query", "key", "value"):
+            wanted |= {f"encoder.layer.{i}.attention.self.{part}.{kind}" for kind in ("weight", "bias")}
+    has = {name for name in given if name.startswith(ENCODER)}
+    if differing := sorted((wanted ^ has) - {POSITION_TABLE}):
+        raise ValueError(
+            f"the BERT {'lacks' if differing[0] in wanted else 'has'} {differing[0]}, unlike a BERT of its config: "
+            "merge an adapter into its weights, make pruning permanent, and set num_hidden_layers to the layers it has."
+        )
+
+
 @torch.no_grad()
 def convert_weights(bert: PreTrainedModel, model: PreTrainedModel, missing: set[str]) -> ConversionReport:
     """Fills a new model with the weights of a BERT.
@@ -205,33 +228,39 @@ def convert_weights(bert: PreTrainedModel, model: PreTrainedModel, missing: set[
         missing: names of weights of the BERT that were not trained and do not count.
 
     Raises:
-        ValueError: a head's weight has another shape.
+        ValueError: as `check_encoder`, or a head's weight has another shape.
     """
+    given = {bare(name): (name, weight) for name, weight in bert.state_dict().items() if name not in missing}
+    check_encoder(set(given), {bare(name) for name in model.state_dict()}, bert.config.num_hidden_layers)
     encoder: Any = bert.base_model
     own_encoder: Any = model.base_model
     norms = [encoder.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in encoder.encoder.layer)]
     layers = zip(encoder.encoder.layer, norms, own_encoder.encoder.layer)
     for of_bert, previous_norm, own in layers:
         start_from_attention(of_bert.attention, previous_norm, own.attention, (2 * len(norms) - 2) ** -0.5)
-    given = {bare(name): (name, weight) for name, weight in bert.state_dict().items() if name not in missing}
     copied, computed, fresh = {}, [], []
+    of_storage: dict[int, str] = {}  # a copied weight's source by its place in memory, which tied weights share
     for name, weight in model.state_dict().items():
         if name.endswith(COMPUTED):
             computed.append(name)
             continue
-        if bare(name) not in given:
+        source, trained = given.get(bare(name), ("", None))
+        if weight.data_ptr() in of_storage:  # the weight that it is tied to is there already
+            is_same = trained is not None and torch.equal(trained, weight)
+            copied[name] = source if is_same else of_storage[weight.data_ptr()]
+            continue
+        if trained is None:
             fresh.append(name)
             continue
-        source, trained = given[bare(name)]
         if bare(name) == POSITION_TABLE:
             trained = extend_positions(trained, len(weight))
         if trained.shape != weight.shape:
             raise ValueError(
                 f"{source} of the BERT has shape {list(trained.shape)}, the model's {list(weight.shape)}: leave "
-                "num_labels out, or convert the BERT's base model, which has no head."
+                "other classes out, or convert the BERT's base model, which has no head."
             )
         weight.copy_(trained)
-        copied[name] = source
+        copied[name] = of_storage[weight.data_ptr()] = source
     return ConversionReport(
         copied=tuple(copied),
         computed=tuple(computed),

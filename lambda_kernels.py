@@ -270,11 +270,12 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
     reversed_offsets = relative_embeddings[centre - length + 1 : centre + length].flip(0)
     period = 2 * (length + -length % 64)  # a multiple of 128 has small prime factors
     depths = value_depth if as_a_whole(values) else max(FFT_DEPTHS, FFT_TILE // (batch * length * key_depth))
-    lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
     with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
         kernel = torch.fft.rfft(reversed_offsets.to(at_least_float32), n=period, dim=0)
         kernel = rearrange(kernel, "f k u -> u k 1 f").contiguous()
-        for some in slices(value_depth, depths):
+
+        def convolved(some: slice) -> torch.Tensor:
+            """The lambdas of some value depths, [B, N, K, depths]."""
             signal = rearrange(values[:, :, some].to(at_least_float32), "b m v u -> b u v m")
             signal = F.pad(signal, (0, period - length + OFF_STRIDE))[..., :period]
             signal = torch.fft.rfft(rearrange(signal, "b u v m -> b m v u"), dim=1)
@@ -285,7 +286,13 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
                 product.addcmul_(kernel[u], signal[u])
             convolution = torch.fft.irfft(product, n=period)[..., length - 1 : 2 * length - 1]
             convolution = F.pad(convolution, (0, OFF_STRIDE))[..., :length]
-            lambdas[..., some] = rearrange(convolution, "b k v n -> b n k v")
+            return rearrange(convolution, "b k v n -> b n k v")
+
+        if depths >= value_depth:  # without a buffer, into which torch.func.vmap could not write
+            return convolved(slice(None)).contiguous().to(values.dtype)
+        lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
+        for some in slices(value_depth, depths):
+            lambdas[..., some] = convolved(some)
     return lambdas.to(values.dtype)
 
 

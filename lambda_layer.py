@@ -22,7 +22,7 @@ Beyond the paper, the content lambda may have a learned gain g, which starts at 
 
 The keys of a new layer are nearly uniform, so that its content lambda is one mean value, the same in every sequence and
 in all K channels. What it adds grows about as sqrt(K), drowns the position lambda, and tells nothing of the text
-(docs/results.md). From 0 it grows only as far as it helps.
+(docs/ablations.md). From 0 it grows only as far as it helps.
 
 And there may be a third lambda, of what stood around the other occurrences of a token, O(n) = {m != n: the same token}:
 
@@ -38,6 +38,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.utils.import_utils import is_tracing
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
     from .configuration_lambdabert import LambdaBertConfig
@@ -153,7 +154,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     running_mean: torch.Tensor
     running_var: torch.Tensor
     num_batches_tracked: torch.Tensor
-    momentum: float
+    momentum: float | None
 
     def forward(  # type: ignore[override]
         self, inputs: torch.Tensor, token_mask: torch.Tensor | None
@@ -176,7 +177,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         # the id of the running backward pass is -1 outside of one
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             with torch.no_grad():
-                momentum = self.momentum * (count > 0).to(mean.dtype)
+                # None is torch's way of asking for the mean over all batches
+                momentum = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+                momentum = momentum * (count > 0).to(mean.dtype)
                 unbiased_variance = squares / (count - 1).clamp(min=1)
                 self.running_mean += (momentum * (mean - self.running_mean)).to(self.running_mean.dtype)
                 self.running_var += (momentum * (unbiased_variance - self.running_var)).to(self.running_var.dtype)
@@ -205,6 +208,12 @@ def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor |
     return normalised.to(inputs.dtype)  # autocast normalises in float32
 
 
+def may_look_into(tensor: torch.Tensor) -> bool:
+    """Whether its entries may be looked at: not in a program that is compiled, exported, traced or captured, which
+    serves others as well, and not where it holds none."""
+    return not is_tracing(tensor) and not tensor.is_meta
+
+
 def as_token_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:
     """The mask of inputs [B, N, ...] as bool [B, N], True = token, on their device.
 
@@ -225,8 +234,7 @@ def as_token_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> 
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the inputs are [{batch}, {length}]: "
             "give one entry per token."
         )
-    has_entries = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or attention_mask.is_meta)
-    if has_entries and attention_mask.dtype != torch.bool:
+    if attention_mask.dtype != torch.bool and may_look_into(attention_mask):
         others = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
         if len(others):
             raise ValueError(

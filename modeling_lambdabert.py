@@ -57,13 +57,14 @@ from transformers.models.bert.modeling_bert import (
 from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, find_labels
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
     from .configuration_lambdabert import LambdaBertConfig
     from .conversion_lambdabert import convert_weights, converted_config, load_bert
     from .lambda_kernels import as_a_whole
-    from .lambda_layer import LambdaLayer, as_token_mask
+    from .lambda_layer import LambdaLayer, as_token_mask, may_look_into
     from .packing_lambdabert import Packing, Padded, lay_out
 except ImportError:
     if __package__:
@@ -71,7 +72,7 @@ except ImportError:
     from configuration_lambdabert import LambdaBertConfig
     from conversion_lambdabert import convert_weights, converted_config, load_bert
     from lambda_kernels import as_a_whole
-    from lambda_layer import LambdaLayer, as_token_mask
+    from lambda_layer import LambdaLayer, as_token_mask, may_look_into
     from packing_lambdabert import Packing, Padded, lay_out
 
 logger = logging.getLogger(__name__)
@@ -192,10 +193,12 @@ class LambdaBertEmbeddings(BertEmbeddings):
             token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
         return self.dropout(self.LayerNorm(words + self.token_type_embeddings(token_type_ids)))
 
-    def check_positions(self, length: int, position_ids: torch.Tensor | None) -> None:
-        """Refuses N = `length` tokens, or `position_ids` [B, N], that the position table does not hold."""
+    def check_positions(self, shape: torch.Size, position_ids: torch.Tensor | None) -> None:
+        """Refuses tokens [B, N] = `shape` that the position table does not hold, and `position_ids` that are not [B, N]
+        or [1, N] or go beyond it."""
         if self.position_embeddings is None:
             return
+        batch, length = shape
         limit = self.position_embeddings.num_embeddings
         if position_ids is None and length > limit:
             raise ValueError(
@@ -203,8 +206,14 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 f"tokenizer does with truncation=True, max_length={limit}) or use a model with a larger "
                 "max_position_embeddings."
             )
-        has_entries = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        if position_ids is not None and has_entries and not position_ids.is_meta and position_ids.numel():
+        if position_ids is None or is_tracing(position_ids):
+            return
+        if position_ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"position_ids is {list(position_ids.shape)}, but there are {[batch, length]} tokens: give one for "
+                f"each, or {[1, length]} for all rows."
+            )
+        if may_look_into(position_ids) and position_ids.numel():
             highest = int(position_ids.max())
             if highest >= limit:
                 raise ValueError(
@@ -217,14 +226,23 @@ class LambdaBertEmbeddings(BertEmbeddings):
 FREE_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils", "torch.distributed", "lambdabert.")
 
 
+def _takes_any_layout(other: Any) -> bool:
+    """Whether a hook, or a class of modules, is among `FREE_HOOKS`."""
+    return (getattr(other, "__module__", None) or "").startswith(FREE_HOOKS)
+
+
 def _is_watched(*modules: nn.Module) -> bool:
-    """Whether hooks see what modules compute, or change it. They then get whole rows [B, N, ...], as in BERT."""
+    """Whether code of others sees what modules compute, or changes it: by a hook on one or on all modules, or by a
+    `forward` of one alone. It then gets whole rows [B, N, ...], as in BERT."""
+    of_all: Any = torch.nn.modules.module
+    hooks = [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
+    hooks += [*of_all._global_backward_pre_hooks.values(), *of_all._global_backward_hooks.values()]
     for module in (part for each in modules for part in each.modules()):
-        of_forward = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
-        of_backward = *module._backward_pre_hooks.values(), *module._backward_hooks.values()
-        if any(not getattr(hook, "__module__", "").startswith(FREE_HOOKS) for hook in of_forward + of_backward):
+        if "forward" in vars(module):
             return True
-    return False
+        hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+    return not all(_takes_any_layout(hook) for hook in hooks)
 
 
 class LambdaBertAttention(BertAttention):
@@ -234,7 +252,7 @@ class LambdaBertAttention(BertAttention):
         nn.Module.__init__(self)  # BertAttention's own would build self-attention
         self.self = LambdaLayer(config)
         self.output = BertSelfOutput(config)
-        # a small start, as in GPT-2; at BERT's size, a new model otherwise learns context later (docs/results.md)
+        # a small start, as in GPT-2; at BERT's size, a new model otherwise learns context later (docs/ablations.md)
         self.output.dense.init_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
     def forward(
@@ -479,7 +497,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             raise ValueError(f"input_ids is {list(tokens.shape)}: give [batch, length].")
         if input_ids is None and tokens.dim() != 3:
             raise ValueError(f"inputs_embeds is {list(tokens.shape)}: give [batch, length, hidden_size].")
-        self.embeddings.check_positions(tokens.shape[1], position_ids)
+        self.embeddings.check_positions(tokens.shape[:2], position_ids)
         is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:
             raise ValueError(
@@ -497,10 +515,11 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
 
     def _may_pack(self, tokens: torch.Tensor, output_hidden_states: bool | None = None, **kwargs) -> bool:
         """Whether padding may be left out: not from hidden states, nor in a graph that serves other masks as well."""
-        of_one_mask = not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not tokens.is_meta
         keeps_layout = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         may_split = not keeps_layout and not self.config.chunk_size_feed_forward
-        return of_one_mask and may_split and not _is_watched(self.embeddings, self.encoder)
+        layers: Any = self.encoder.layer  # another module in place of one is to get whole rows, as a hook is
+        are_own = all(isinstance(layer, LambdaBertLayer) or _takes_any_layout(type(layer)) for layer in layers)
+        return may_look_into(tokens) and may_split and are_own and not _is_watched(self.embeddings, self.encoder)
 
 
 def _pooled_token(
@@ -532,8 +551,18 @@ def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
     Args:
         logits: [..., classes]
-        labels: [...]
+        labels: [...], or one axis of 1 more.
+
+    Raises:
+        ValueError: labels of another shape, or that are no whole numbers.
     """
+    if labels.is_floating_point():
+        raise ValueError(f"labels is of {labels.dtype}: classes are whole numbers; give them as torch.long.")
+    if labels.shape not in (logits.shape[:-1], (*logits.shape[:-1], 1)):
+        raise ValueError(
+            f"labels is {list(labels.shape)}, but the logits are {list(logits.shape)}: give "
+            f"{list(logits.shape[:-1])}, a class for each."
+        )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     return F.cross_entropy(logits, labels.to(logits.device, torch.long).flatten(), reduction="none")
 
@@ -580,6 +609,11 @@ def _masked_lm(
     if labels is None:
         return head(hidden_states), None
     if head.training and num_items_in_batch is not None and not torch.compiler.is_compiling():
+        if labels.shape != hidden_states.shape[:-1]:
+            raise ValueError(
+                f"labels is {list(labels.shape)}, but there are {list(hidden_states.shape[:-1])} tokens: give one for "
+                "each."
+            )
         masked = labels.to(hidden_states.device) != -100
         hidden_states, labels = hidden_states[masked], labels[masked.to(labels.device)]
     logits = head(hidden_states)
@@ -799,9 +833,6 @@ class LambdaBertForNextSentencePrediction(LambdaBertHeadModel, BertForNextSenten
         return self.cls(outputs.pooler_output)
 
 
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-
 def _classifier_dropout(config: LambdaBertConfig) -> nn.Dropout:
     given = config.classifier_dropout
     return nn.Dropout(config.hidden_dropout_prob if given is None else given)
@@ -828,29 +859,29 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif labels.dtype in (torch.long, torch.int):
-                self.config.problem_type = "single_label_classification"
-            else:
-                self.config.problem_type = "multi_label_classification"
-        if self.config.problem_type not in PROBLEM_TYPES:
-            raise ValueError(
-                f"problem_type={self.config.problem_type!r} is unknown; set it to one of {PROBLEM_TYPES}, or to None."
-            )
-        if self.config.problem_type == "single_label_classification":
-            return _label_loss(logits, labels, num_items_in_batch)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision would round the targets
-        if labels.shape != logits.shape and (logits.shape[-1] > 1 or labels.numel() != logits.numel()):
-            raise ValueError(
-                f"labels is {list(labels.shape)}, but problem_type={self.config.problem_type!r} with "
-                f"num_labels={logits.shape[-1]} takes {list(logits.shape)}: give a number for each label of each text."
-            )
-        labels = labels.to(logits).view_as(logits)
-        loss = F.mse_loss if self.config.problem_type == "regression" else F.binary_cross_entropy_with_logits
-        count = labels.numel() if num_items_in_batch is None else num_items_in_batch
-        return _mean(loss(logits, labels, reduction="none"), count)
+        problem_type = self.config.problem_type or self._problem_type(logits, labels)
+        if problem_type == "single_label_classification":
+            loss = _label_loss(logits, labels, num_items_in_batch)
+        else:
+            if labels.shape != logits.shape and (logits.shape[-1] > 1 or labels.numel() != logits.numel()):
+                raise ValueError(
+                    f"labels is {list(labels.shape)}, but problem_type={problem_type!r} with num_labels="
+                    f"{logits.shape[-1]} takes {list(logits.shape)}: give a number for each label of each text."
+                )
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # or targets would be rounded
+            labels = labels.to(logits).view_as(logits)
+            of_each = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+            count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+            loss = _mean(of_each(logits, labels, reduction="none"), count)
+        self.config.problem_type = problem_type
+        return loss
+
+    def _problem_type(self, logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        """What labels are given for: with one label regression; with more, one class or several of each text."""
+        if self.num_labels == 1:
+            return "regression"
+        are_classes = not labels.is_floating_point() and labels.shape != logits.shape
+        return "single_label_classification" if are_classes else "multi_label_classification"
 
 
 class LambdaBertForTokenClassification(LambdaBertHeadModel, BertForTokenClassification):

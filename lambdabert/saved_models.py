@@ -98,7 +98,12 @@ def load_as_saved(name: str | Path) -> PreTrainedModel:
     """
     fields, _ = PreTrainedConfig.get_config_dict(name)
     architecture = next(iter(fields.get("architectures") or ()), None)
-    known = architecture if architecture in modeling_lambdabert.__all__ else LambdaBertModel.__name__
+    known = LambdaBertModel.__name__ if architecture is None else architecture
+    if known not in modeling_lambdabert.__all__:
+        raise ValueError(
+            f"model={name} was saved as a {known}, which is not of this library: name in `architectures` of its "
+            f"{CONFIG_NAME} the class of {modeling_lambdabert.__name__} that it is."
+        )
     model_class: Any = getattr(modeling_lambdabert, known)
     model, missing = load_with_missing(model_class, name)
     if missing:

@@ -99,6 +99,7 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("position_embedding_type", "relative_key"),
         ("position_embedding_type", ""),
         ("position_embedding_type", None),
+        ("problem_type", "regresion"),
         ("classifier_pooling", "mean"),
         ("classifier_pooling", None),
         ("output_lambda_params", "yes"),
@@ -165,11 +166,11 @@ def test_unknown_norm_lists_the_known_ones():
         assert known in str(error.value)
 
 
-@pytest.mark.parametrize("fields", [{"num_lambda_queries": 16}, {"num_lambda_queries": 1, "key_depth": 1}])
-def test_layer_norm_of_one_channel_is_refused(fields):
-    with pytest.raises((ValueError, StrictDataclassError), match="lambda_norm='layer' .*(with|and) 1 (query|value)"):
-        LambdaBertConfig(hidden_size=16, **fields)
-    assert LambdaBertConfig(hidden_size=16, **fields, lambda_norm="rms").lambda_norm == "rms"
+def test_layer_norm_of_a_single_channel_of_values_is_refused():
+    with pytest.raises((ValueError, StrictDataclassError), match="num_lambda_queries=16.* lambda_norm='layer'"):
+        LambdaBertConfig(hidden_size=16, num_lambda_queries=16)
+    for fields in ({"lambda_norm": "rms"}, {"intra_depth": 2}):
+        assert LambdaBertConfig(hidden_size=16, num_lambda_queries=16, **fields).hidden_size == 16
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import logging
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
 from transformers import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from conversion_lambdabert import POSITION_TABLE, bare, extend_positions
@@ -212,8 +214,29 @@ class TestHeads:
             *(f"cls.seq_relationship.{part}" for part in ("weight", "bias")),
         }
 
+    def test_tied_weights_count_once(self):
+        """A decoder that is tied to copied embeddings is no fresh weight, and does not overwrite them."""
+        of_bare = LambdaBertForMaskedLM.from_bert(tiny_bert(), **SETTINGS)
+        assert "cls.predictions.decoder.weight" in of_bare.conversion_report.copied
+        untied = tiny_bert(BertForMaskedLM, tie_word_embeddings=False)
+        model = LambdaBertForMaskedLM.from_bert(untied, **SETTINGS, tie_word_embeddings=True)
+        words = untied.bert.embeddings.word_embeddings.weight
+        assert not torch.equal(words, untied.cls.predictions.decoder.weight)
+        assert torch.equal(model.bert.embeddings.word_embeddings.weight, words)
+        assert torch.equal(model.cls.predictions.decoder.weight, words)
+        assert "cls.predictions.decoder.weight" in model.conversion_report.left_out
+
+    @pytest.mark.parametrize("given", ["id2label", "label2id"])
+    def test_names_of_classes(self, given):
+        bert = tiny_bert(BertForSequenceClassification, num_labels=2)
+        names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+        model = LambdaBertForSequenceClassification.from_bert(bert, **SETTINGS, **{given: names[given]})
+        assert getattr(model.config, given) == names[given]
+        assert not {"LABEL_0", "LABEL_1"} & {*model.config.label2id, *model.config.id2label.values()}
+        assert torch.equal(model.classifier.weight, bert.classifier.weight)
+
     def test_a_head_with_other_labels_is_refused(self):
-        with pytest.raises(ValueError, match=r"classifier.weight .* \[2, 24\].* \[3, 24\].*num_labels"):
+        with pytest.raises(ValueError, match=r"classifier.weight .* \[2, 24\].* \[3, 24\].*leave other classes out"):
             LambdaBertForSequenceClassification.from_bert(
                 tiny_bert(BertForSequenceClassification), **SETTINGS, num_labels=3
             )
@@ -299,6 +322,22 @@ class TestRefusals:
             LambdaBertModel.from_bert(tiny_bert(), num_lambda_queries=5)
         with pytest.raises(ValueError, match="num_attention_heads has no effect"):
             LambdaBertModel.from_bert(tiny_bert(), num_attention_heads=2)
+        for name, value in {"dtype": torch.bfloat16, "architectures": ["BertModel"], "model_type": "bert"}.items():
+            with pytest.raises(ValueError, match=f"{name} has no effect"):
+                LambdaBertModel.from_bert(tiny_bert(), **{name: value})
+
+    def test_an_encoder_that_is_not_as_its_config_says(self):
+        """Its weights have other names or numbers, and would be left out in silence."""
+        adapted, pruned, shorter, longer = (tiny_bert() for _ in range(4))
+        get_peft_model(adapted, LoraConfig(target_modules=["query", "value", "dense"]))
+        prune.l1_unstructured(pruned.encoder.layer[0].intermediate.dense, "weight", 0.1)
+        shorter.encoder.layer = shorter.encoder.layer[:1]
+        longer.encoder.layer.append(longer.encoder.layer[0])
+        for bert in (adapted, pruned, shorter, longer):
+            with pytest.raises(ValueError, match="unlike a BERT of its config"):
+                LambdaBertModel.from_bert(bert, **SETTINGS)
+        prune.remove(pruned.encoder.layer[0].intermediate.dense, "weight")
+        assert not LambdaBertModel.from_bert(pruned, **SETTINGS).conversion_report.fresh_heads
 
 
 def test_report_reads_well(caplog):

@@ -276,6 +276,20 @@ class TestContentGain:
         assert layer.content_gain.grad.all() and not layer.to_keys.weight.grad.any()
 
 
+def test_statistics_of_all_batches(make_config):
+    """As `torch.optim.swa_utils.update_bn` asks for them, by a momentum of None."""
+    layer = random_layer(layer_config(make_config, lambda_norm="batch")).train()
+    states = torch.randn(4, 3, 7, 6, dtype=torch.float64)
+    for norm in (layer.query_norm, layer.value_norm):
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for batch in states:
+            layer(batch)
+    values = layer.to_values(states)
+    torch.testing.assert_close(layer.value_norm.running_mean, values.mean((0, 1, 2)))
+
+
 class TestRepetitionLambda:
     """What stood around the other occurrences of a token, in every way that the layer computes."""
 

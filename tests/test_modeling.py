@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
@@ -206,12 +207,41 @@ class TestLosses:
         output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
         torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels))
 
-    def test_an_unknown_problem_type_is_refused(self, make_config, make_inputs):
-        config = make_config(num_labels=1)
-        config.problem_type = "regresion"
+    def test_several_classes_of_a_text_as_whole_numbers(self, make_config, make_inputs):
+        config = make_config(num_labels=3)
+        model = build(LambdaBertForSequenceClassification, config).eval()
+        inputs = make_inputs(LambdaBertForSequenceClassification, config)
+        labels = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+        found = model(**inputs, labels=labels)
+        assert model.config.problem_type == "multi_label_classification"
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(found.logits, labels.float())
+        torch.testing.assert_close(found.loss, expected)
+
+    def test_labels_that_are_refused_decide_nothing(self, make_config, make_inputs):
+        config = make_config(num_labels=3)
         model = build(LambdaBertForSequenceClassification, config)
-        with pytest.raises(ValueError, match="^problem_type='regresion' is unknown; set it to one of"):
-            model(**make_inputs(LambdaBertForSequenceClassification, config), labels=torch.zeros(3))
+        inputs = make_inputs(LambdaBertForSequenceClassification, config)
+        with pytest.raises(ValueError, match=r"labels is \[3, 2\], but the logits are \[3, 3\]: give \[3\]"):
+            model(**inputs, labels=torch.zeros(3, 2, dtype=torch.long))
+        assert model.config.problem_type is None
+
+    @pytest.mark.parametrize("shape", [(9, 3), (27,), (3, 8)], ids=str)
+    @pytest.mark.parametrize("training_step", [False, True])
+    @pytest.mark.parametrize("head", [LambdaBertForTokenClassification, LambdaBertForMaskedLM])
+    def test_labels_of_other_tokens_are_refused(self, make_config, make_inputs, head, training_step, shape):
+        """Among them a transposed batch, which flattened has as many."""
+        config = make_config()
+        step = {"num_items_in_batch": torch.tensor(5)} if training_step else {}
+        with pytest.raises(ValueError, match=re.escape(f"labels is {list(shape)}, but")):
+            build(head, config)(**make_inputs(head, config), **step, labels=torch.zeros(shape, dtype=torch.long))
+
+    def test_numbers_are_no_classes(self, make_config, make_inputs, make_labels, model_class):
+        config = make_config()
+        labels = {name: label.float() + 0.5 for name, label in make_labels(model_class, config).items()}
+        if "labels" not in labels or model_class is LambdaBertForSequenceClassification:
+            return  # which takes them for several classes of a text
+        with pytest.raises(ValueError, match="labels is of torch.float32: classes are whole numbers"):
+            build(model_class, config)(**make_inputs(model_class, config), **labels)
 
     def test_classes_of_32_bits_are_classes(self, make_config, make_inputs):
         config = make_config(num_labels=3)
@@ -676,13 +706,13 @@ class TestPadding:
 def sizes_of_first_layer(model):
     """A list that gets the first two axes of what the first layer is given, without a hook."""
     sizes, layer = [], model.encoder.layer[0]
-    forward = layer.forward
 
-    def measured(hidden_states, *args, **kwargs):
-        sizes.append(hidden_states.shape[:2])
-        return forward(hidden_states, *args, **kwargs)
+    class Measured(type(layer)):
+        def forward(self, hidden_states, *args, **kwargs):
+            sizes.append(hidden_states.shape[:2])
+            return super().forward(hidden_states, *args, **kwargs)
 
-    layer.forward = measured
+    layer.__class__ = Measured
     return sizes
 
 
@@ -729,6 +759,33 @@ class TestPacking:
         for row, length in enumerate(lengths):
             alone = model(ids[row : row + 1, :length]).last_hidden_state[0]
             torch.testing.assert_close(together[row, :length], alone, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("way", ["hook on all modules", "forward of one", "module in its place"])
+    def test_other_ways_to_watch_a_layer(self, make_config, make_inputs, way):
+        config = make_config()
+        model, inputs = build(LambdaBertModel, config), make_inputs(LambdaBertModel, config)
+        inputs["attention_mask"][1, 5:] = 0
+        layer, sizes = model.encoder.layer[0], []
+        forward = layer.forward
+
+        def watched(hidden_states, *args):
+            sizes.append(hidden_states.shape[:2])
+            return forward(hidden_states, *args)
+
+        if way == "hook on all modules":
+            handle = torch.nn.modules.module.register_module_forward_hook(
+                lambda module, given, output: sizes.append(output.shape[:2]) if module is layer else None
+            )
+            model(**inputs)
+            handle.remove()
+        else:
+            if way == "forward of one":
+                layer.forward = watched
+            else:
+                model.encoder.layer[0] = torch.nn.Module()
+                model.encoder.layer[0].forward = watched
+            model(**inputs)
+        assert sizes == [inputs["input_ids"].shape]
 
     def test_hooks_of_transformers_do_not_count(self, make_config, make_inputs):
         """Those that record hidden states stay on a model."""
@@ -832,6 +889,24 @@ class TestPacking:
         mask[:, 30:] = 0
         with pytest.raises(ValueError, match="max_position_embeddings"):
             build(LambdaBertModel, make_config())(torch.ones_like(mask), mask)
+
+
+class TestFunctionTransforms:
+    """Torch's transforms of functions, whose tensors hold no numbers or one example of many."""
+
+    @pytest.mark.parametrize("scope", SCOPES)
+    def test_vmap_equals_each_example(self, make_config, scope):
+        model = build(LambdaBertModel, make_config(local_context_size=scope, max_position_embeddings=100)).eval()
+        ids = torch.randint(5, 20, (3, 100), generator=torch.Generator().manual_seed(0))
+        together = torch.func.vmap(lambda row: model(row[None]).last_hidden_state[0])(ids)
+        torch.testing.assert_close(together, model(ids).last_hidden_state)
+
+    def test_shapes_alone(self, make_config):
+        with FakeTensorMode():
+            model = build(LambdaBertModel, make_config())
+            ids, mask = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
+            found = model(ids, mask, position_ids=ids)
+            assert found.last_hidden_state.shape == (2, 9, 20)
 
 
 class TestHalfPrecision:
@@ -992,6 +1067,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match="token_type_ids") as error:
             build(LambdaBertModel, config)(**inputs)
         assert all(str(size) in str(error.value) for size in shape)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("shape", [(9,), (2, 9), (3, 1), (1, 1), (1, 3, 9)], ids=str)
+    def test_positions_of_another_shape(self, make_config, make_inputs, shape, padded):
+        """Two rows of them would make two rows of a single text."""
+        config = make_config()
+        inputs = make_inputs(LambdaBertModel, config) | {"position_ids": torch.zeros(shape, dtype=torch.long)}
+        inputs["attention_mask"] = torch.ones(3, 9, dtype=torch.long)
+        inputs["attention_mask"][1, 5:] = 0 if padded else 1
+        with pytest.raises(ValueError, match=re.escape(f"position_ids is {list(shape)}, but there are [3, 9] tokens")):
+            build(LambdaBertModel, config)(**inputs)
 
     @pytest.mark.parametrize(
         "fill, value", [(0.0, -1e9), (0.0, float("-inf")), (1.0, float("nan")), (1.0, 0.5), (1, 2)]

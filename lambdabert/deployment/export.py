@@ -1,12 +1,13 @@
 """An export from start to end: what is refused, the files, the check, and a folder that is whole or not there."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .checks import TOLERANCES, Call, largest_deviation, onnx_call, torch_call
 from .loading import INPUTS, LoadedProgram, load_program
@@ -143,6 +144,6 @@ def write_companions(loaded: LoadedProgram, folder: Path) -> None:
     loaded.config.save_pretrained(folder)
     if loaded.tokenizer is None:
         return
-    loaded.tokenizer.model_max_length = min(loaded.tokenizer.model_max_length, loaded.limit or sys.maxsize)
+    loaded.tokenizer.model_max_length = min(loaded.tokenizer.model_max_length, loaded.limit or VERY_LARGE_INTEGER)
     loaded.tokenizer.model_input_names = list(INPUTS)
     loaded.tokenizer.save_pretrained(folder)

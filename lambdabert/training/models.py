@@ -21,7 +21,7 @@ from lambdabert.training.recipes import parse_overrides
 logger = logging.getLogger(__name__)
 
 # what a new model has, unless a config or overrides say otherwise: it learns sooner than with the defaults of a config
-# (docs/results.md)
+# (docs/ablations.md)
 NEW_MODEL = {
     "local_context_size": 25,
     "position_embedding_type": "none",
@@ -257,7 +257,7 @@ def check_encoder(source: str, missing: Collection[str], left_out: Collection[st
 def start_at_frequencies(model: PreTrainedModel, counts: np.ndarray) -> None:
     """Makes a new model predict masked tokens by their frequency in the text, through the bias of its MLM head.
 
-    Without this, a new model first has to learn the frequencies, and learns context later (docs/results.md).
+    Without this, a new model first has to learn the frequencies, and learns context later (docs/ablations.md).
 
     Args:
         model: a model with an MLM head.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import export_model as command
 import modeling_lambdabert
@@ -115,7 +116,7 @@ def test_onnx_computes_what_the_model_does(
     assert config["model_type"] == "lambdabert" and config["architectures"] == [name]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx", trust_remote_code=False)
     assert set(tokenizer("a b")) == {given.name for given in session.get_inputs()}
-    assert not is_limited or tokenizer.model_max_length == LONGEST
+    assert tokenizer.model_max_length == (LONGEST if is_limited else VERY_LARGE_INTEGER)
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
@@ -202,6 +203,13 @@ class TestMistakes:
         (model / "config.json").write_text(json.dumps(config))
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
         assert "has no weights for cls.predictions" in said and "architectures" in said
+
+    def test_a_class_of_somebody_else(self, model, tmp_path, capsys):
+        """Whose head would be lost."""
+        config = json.loads((model / "config.json").read_text()) | {"architectures": ["MyClassifier"]}
+        (model / "config.json").write_text(json.dumps(config))
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert "was saved as a MyClassifier, which is not of this library" in said
 
     def test_a_sentence_encoder_that_lacks_weights(self, sentence_student, tmp_path, capsys):
         folder = tmp_path / "sentences"
