@@ -189,6 +189,15 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def warn_of_few(count: int, what: str, further: str = "") -> None:
+    """Says on stderr that intervals rest on too few groups."""
+    if count < FEWEST_GROUPS:
+        print(
+            f"warning: the intervals rest on {count} {what}; fewer than {FEWEST_GROUPS} are too few for them{further}.",
+            file=sys.stderr,
+        )
+
+
 def run_map(args: argparse.Namespace) -> None:
     if not args.output:
         raise ValueError("output: map writes a page or figures; name them, for example --output page.html.")
@@ -251,7 +260,7 @@ def run_swap(args: argparse.Namespace) -> None:
     for inputs, other, text in zip(pair, reversed(pair), args.texts):
         masks = loaded.masks(inputs) if loaded.predicts_tokens else []
         own = loaded.likeliest_tokens(inputs, masks)
-        effects = swap_effects(loaded.model, inputs, other, masks)
+        effects = swap_effects(loaded.model, inputs, other, masks, loaded.predicted(inputs))
         found = [asdict(effect) for effect in effects]
         for effect in found:
             effect["likeliest"] = [loaded.tokenizer.convert_ids_to_tokens(token) for token in effect["likeliest"]]
@@ -276,6 +285,8 @@ def run_topics(args: argparse.Namespace) -> None:
     texts, topics = read_texts(args.file)
     if len(texts) < 3:
         raise ValueError(f"{args.file}: {len(texts)} texts, of which none is nearer than another; give 3 or more.")
+    if len(set(texts)) == 1:
+        raise ValueError(f"{args.file}: all {len(texts)} texts are the same; give texts that differ.")
     if args.neighbours is None:
         args.neighbours = min(NEIGHBOURS, len(texts) - 1)
     if not 1 <= args.neighbours < len(texts):
@@ -300,6 +311,7 @@ def run_topics(args: argparse.Namespace) -> None:
             [(row.row, row.same_topic, *(row.interval or ())) for row in found]
             + [("chance", chance(topics), None, None)],
         )
+        warn_of_few(len(set(topics)), "topics")
     rows = [asdict(row) | {"nearest": row.nearest.tolist(), "cosines": row.cosines.tolist()} for row in found]
     known = {} if topics is None else {"topics": topics, "chance": chance(topics)}
     write_json(args, loaded, {"texts": texts, **known, "rows": rows})
@@ -333,12 +345,8 @@ def run_probe(args: argparse.Namespace) -> None:
                 for row in rows
             ],
         )
-        if (groups := rows[0]["full"]["test groups"]) < FEWEST_GROUPS:
-            print(
-                f"warning: intervals of {task.name} rest on the {groups} targets of its test examples. Fewer than "
-                f"{FEWEST_GROUPS} are too few for them, and no row counts as encoded.",
-                file=sys.stderr,
-            )
+        groups = rows[0]["full"]["test groups"]
+        warn_of_few(groups, f"targets of the test examples of {task.name}", ", and no row counts as encoded")
     for name in ends_in(args, FIGURES):
         save_figure(draw_probes(results), name)
     write_json(args, loaded, {"tasks": results})
@@ -354,16 +362,29 @@ def run_faithfulness(args: argparse.Namespace) -> None:
         )
     longest = min(FAITHFULNESS_TOKENS, loaded.limit or FAITHFULNESS_TOKENS)
     examples = masked_examples(loaded.tokenizer, texts, longest)
+    if len(examples) < len(texts):
+        print(f"{len(examples)} of {len(texts)} texts are used; the rest have fewer than 4 tokens.", file=sys.stderr)
     found = faithfulness(loaded.model, examples, loaded.tokenizer.mask_token_id)
     print_table(
         ("method", "Spearman", "from", "to", "seconds"),
         [(name, row["spearman"], *row["interval"], row["processor seconds"]) for name, row in found.items()],
     )
+    warn_of_few(len(examples), "texts")
     write_json(args, loaded, {"examples": len(examples), "methods": found})
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Refuses texts that are not UTF-8. Raises ValueError."""
+    for name in ("text", "texts", "target"):
+        given = getattr(args, name, None) or []
+        for text in [given] if isinstance(given, str) else given:
+            if not text.isascii() and text.encode(errors="ignore").decode() != text:
+                raise ValueError(f"{name}={ascii(text)} is not UTF-8; give it in that encoding.")
 
 
 def run(args: argparse.Namespace) -> None:
     check_outputs(args)
+    check_texts(args)
     args.run(args)
     for name in args.output:
         print(f"wrote {name}")

@@ -11,6 +11,7 @@ first, and flags after it win. The same command started again resumes from the l
 import logging
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from lambdabert.training.report import (
     unigram_baseline,
 )
 from lambdabert.training.run import Documents, TrainingRun
-from lambdabert.training.settings import examples_of_a_step
+from lambdabert.training.settings import content_hash, examples_of_a_step
 from lambdabert.training.tokenizers import load_tokenizer
 from lambdabert.training.trainer import InterruptibleTrainer, PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
@@ -66,6 +67,10 @@ MODEL_CLASSES = {
 DEFAULT_TOKENIZER = "google-bert/bert-base-cased"
 MASK_TOKEN = "[MASK]"  # of a tokenizer that is trained
 TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_size", "lowercase")
+EVALUATED_FIELDS = (
+    *("objective", "dataset_name", "dataset_config_name", "validation_file", "validation_split_percentage"),
+    *("document_boundary", "max_seq_length", "eval_mlm_probability", "max_eval_samples"),
+)
 STREAMED_TOKENIZER_DOCUMENTS = 200_000
 COUNTED_EXAMPLES = 20_000
 
@@ -165,8 +170,31 @@ class Pretraining(TrainingRun):
         return self.objective.label_names
 
     def check_own_options(self) -> None:
-        if not (self.trains or self.model_args.model_name_or_path):
+        if self.trains:
+            return
+        source = self.model_args.model_name_or_path
+        if source is None:
             raise ValueError("do_eval without do_train evaluates a trained model: name it by --model_name_or_path.")
+        try:
+            fields, _ = LambdaBertConfig.get_config_dict(source)
+        except OSError:
+            return  # told with the model
+        saved_as = next(iter(fields.get("architectures") or ()), None)
+        tasks = {model_class.__name__: name for name, model_class in MODEL_CLASSES.items()}
+        if saved_as not in tasks:
+            raise ValueError(
+                f"model_name_or_path={source} was saved as {saved_as}, without the head that predicts masked tokens: "
+                f"name a {', '.join(tasks)}, or train it with --do_train."
+            )
+        if not self.training_args.given & {"objective", "sop"}:
+            self.data_args.objective = tasks[saved_as]
+            self.data_args.__post_init__()
+            logger.info(f"objective={tasks[saved_as]}, which {source} was trained for.")
+        elif self.objective.name not in (MLM.name, tasks[saved_as]):
+            raise ValueError(
+                f"objective={self.objective.name!r}: {source} was trained for {tasks[saved_as]!r} and has no head for "
+                "another sentence task; leave it out."
+            )
 
     def hub_names(self) -> tuple[str | None, ...]:
         args = self.model_args
@@ -292,6 +320,12 @@ class Pretraining(TrainingRun):
         if "unigram_cross_entropy" in metrics:
             logger.info(f"Token frequencies of the training text predict it at {metrics['unigram_cross_entropy']:.3f}.")
         return metrics
+
+    @cached_property
+    def evaluated(self) -> dict[str, Any]:
+        model = {"model_name_or_path": self.model_args.model_name_or_path}
+        text = {name: getattr(self.data_args, name) for name in EVALUATED_FIELDS}
+        return model | text | {"content of the examples": content_hash(self.examples["validation"])}
 
     def model_card(self, state: TrainerState, metrics: str) -> str:
         name = Path(str(self.training_args.output_dir)).resolve().name

@@ -17,15 +17,18 @@ import modeling_lambdabert
 from lambdabert.interpretation import (
     attention,
     chance,
+    draw_contributions,
     explain_prediction,
     neighbours,
     read_task,
     replace_lambdas,
+    save_figure,
     swap_effects,
     token_shares,
     topic_features,
     trace_lambdas,
 )
+from lambdabert.interpretation.explanations import Attribution
 from lambdabert.interpretation.loading import read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,10 +156,12 @@ class TestExplain:
         model, tokenizer = load(folders, kind)
         inputs = tokenizer(*question, return_tensors="pt")
         logits = model(**inputs)[f"{end}_logits"][0]
-        place = int(logits.argmax())
+        of_text = [i for i, sequence in enumerate(inputs.sequence_ids(0)) if sequence == 1]
+        place = max(of_text, key=lambda i: logits[i])
         assert status == 0 and f"({place}) as the {end} of the answer" in out
+        assert found["likeliest"][0]["probability"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
         expected = explain_prediction(model, inputs, place, end, tokenizer.mask_token_id)
-        assert found["explanation"]["logit"] == pytest.approx(logits.max().item(), abs=1e-5)
+        assert found["explanation"]["logit"] == pytest.approx(logits[place].item(), abs=1e-5)
         assert found["explanation"]["tokens"] == pytest.approx(expected.tokens[0].tolist(), abs=1e-5)
         assert interpret("explain", *question, "--target", end, "--place", "3", kind=kind)[1].startswith("“")
 
@@ -166,6 +171,16 @@ class TestExplain:
         assert found["model"]["class"] == "LambdaBertForMaskedLM" and found["model"]["key_depth"] == 3
         assert set(found["versions"]) == {"python", "torch", "transformers"}
         assert found["arguments"]["text"] == ["the [MASK] dog"] and found["arguments"]["output"] == ["a.json"]
+
+
+def test_figures_show_names_as_they_stand(tmp_path):
+    """A $ starts no formula."""
+    way = Attribution(torch.tensor([[0.5, -0.2]]), torch.zeros(1), torch.zeros(1))
+    figure = draw_contributions(["$x^2$", "a$$b"], {"way of $y_1$": way}, "“$10 to $20” as its class")
+    save_figure(figure, tmp_path / "a.svg")
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_parse_math") and "$" in artist.get_text())
+    assert {text.get_text() for text in texts} >= {"$x^2$", "a$$b", "way of $y_1$", "“$10 to $20” as its class"}
+    assert not any(text.get_parse_math() for text in texts)
 
 
 class TestSwap:
@@ -181,6 +196,21 @@ class TestSwap:
         divergence = torch.nn.functional.kl_div(after, before, log_target=True, reduction="batchmean").item()
         assert effects[1].divergence == pytest.approx(divergence, abs=1e-6) and divergence > 0
         assert effects[1].likeliest == [int(after[2].argmax())]
+
+    def test_special_tokens_are_no_predictions(self, folders, interpret, tmp_path):
+        model, tokenizer = load(folders, "ForMaskedLM")
+        text = "the [MASK] dog"
+        interpret("swap", text, SENTENCES[1], "--output", "a.json")
+        found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["texts"][0]["effects"][-1]
+        first, second = (tokenizer(each, return_tensors="pt") for each in (text, SENTENCES[1]))
+        with torch.no_grad():
+            before = model(**first).logits[0].log_softmax(-1)
+            with replace_lambdas(model, {0: second, 1: second}):
+                after = model(**first).logits[0].log_softmax(-1)
+        divergence = (before.exp() * (before - after)).sum(-1)
+        assert found["divergence"] == pytest.approx(divergence[1:-1].mean().item(), abs=1e-6)
+        assert abs(divergence.mean() - divergence[1:-1].mean()) > 1e-5
+        assert found["changed"] == (before.argmax(-1) != after.argmax(-1))[1:-1].double().mean().item()
 
     def test_a_text_with_itself_changes_nothing(self, folders):
         model, tokenizer = load(folders, "ForMaskedLM")
@@ -228,8 +258,9 @@ class TestTopics:
         found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
         assert status == 0 and found["texts"] == SENTENCES and len(found["rows"]) == 5
         assert [len(row["nearest"][0]) for row in found["rows"]] == [2] * 5 and len(out.splitlines()) == 2 + 4 + 1
-        status, out, _ = interpret("topics", "texts.tsv", "--neighbours", "1")
+        status, out, errors = interpret("topics", "texts.tsv", "--neighbours", "1")
         assert status == 0 and re.search(r"chance +0\.333", out)
+        assert "the intervals rest on 2 topics; fewer than 20 are too few" in errors
 
 
 def write_task(file, rows, header="split\tlabel\ttext\ttarget"):
@@ -308,8 +339,9 @@ class TestTasks:
 
 class TestFaithfulness:
     def test_command(self, interpret, tmp_path):
-        (tmp_path / "texts.txt").write_text("\n".join(SENTENCES))
-        status, out, _ = interpret("faithfulness", "texts.txt", "--output", "a.json")
+        (tmp_path / "texts.txt").write_text("\n".join([*SENTENCES, "the fox"]))
+        status, out, errors = interpret("faithfulness", "texts.txt", "--output", "a.json")
+        assert "4 of 5 texts are used" in errors and "the intervals rest on 4 texts; fewer than 20" in errors
         found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
         assert status == 0 and found["examples"] == 4
         assert set(found["methods"]) == {"explanation", "integrated gradients", "gradient x input", "nearness"}
@@ -342,6 +374,8 @@ class TestRefusals:
             (("topics", "empty.txt"), "file=empty.txt holds no text"),
             (("topics", "one.txt"), "one.txt: 2 texts, of which none is nearer than another; give 3 or more."),
             (("topics", "shape.tsv"), "file=shape.tsv has the columns"),
+            (("topics", "same.txt"), "same.txt: all 3 texts are the same"),
+            (("explain", "the \udcff [MASK]"), r"text='the \\udcff \[MASK\]' is not UTF-8"),
             (("topics", "topics.tsv"), "file=topics.tsv, line 4 has no topic; give every text one"),
             (("probe", "none.tsv"), "task=none.tsv cannot be read"),
             (("probe", "shape.tsv"), "task=shape.tsv lacks the column split"),
@@ -358,6 +392,7 @@ class TestRefusals:
         (tmp_path / "empty.txt").write_text("\n \n")
         (tmp_path / "one.txt").write_text("the fox\nthe dog\n")
         (tmp_path / "shape.tsv").write_text("a\tb\n1\t2\n")
+        (tmp_path / "same.txt").write_text("the fox\nthe fox\nthe fox\n")
         (tmp_path / "topics.tsv").write_text("text\ttopic\n\nthe fox\tx\nthe dog\t \nthe cat\tx\n")
         header = "split\tlabel\ttext"
         write_task(tmp_path / "ragged.tsv", [("train", "a", "b"), ("train", "a")], header)

@@ -50,9 +50,9 @@ def model_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], see
         trace = trace_lambdas(encoder, inputs)
         mask = trace.token_mask
         add("majority", torch.zeros(len(mask), 1))
-        add("length", mask.sum(1, keepdim=True))
-        words = torch.zeros(len(mask), encoder.config.vocab_size, device=mask.device)
-        add("bag of words", words.scatter_add_(1, inputs["input_ids"], mask.float()))
+        add("length", mask.sum(1, keepdim=True).float())
+        words = torch.zeros(len(mask), encoder.config.vocab_size, device=mask.device, dtype=torch.int)
+        add("bag of words", words.scatter_add_(1, inputs["input_ids"], mask.int()))
         add("mean embedding", mean_of_tokens(word_embeddings(encoder, inputs), mask))
         for i, layer in enumerate(trace.layers):
             add(f"mean value {i}", mean_of_tokens(layer.values.flatten(2), mask))
@@ -90,7 +90,8 @@ class _Rows:
         self.rows: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, name: str, features: torch.Tensor) -> None:
-        self.rows.setdefault(name, []).append(features.float().cpu())
+        features = features.float() if features.is_floating_point() else features  # counts stay whole numbers
+        self.rows.setdefault(name, []).append(features.cpu())
 
     def by_layer(
         self, prefix: str, contents: Sequence[torch.Tensor], states: Sequence[torch.Tensor], mask: torch.Tensor

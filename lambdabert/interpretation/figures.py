@@ -3,9 +3,10 @@
 matplotlib is asked for when a figure is drawn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -15,6 +16,9 @@ from .traces import LambdaTrace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PALETTE = ("#14589c", "#f3f3f1", "#b34a00")  # negative, 0, positive: told apart without seeing red or green
 CELL = 0.13  # inches a token
@@ -36,6 +40,21 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _as_it_stands(draw: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function that draws take a $ in a token or a name for a character, and not for the start of a formula."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        new_figure(1, 1)  # tells that matplotlib is missing
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_as_it_stands
 def save_figure(figure: "Figure", file: str | Path) -> Path:
     """Writes a figure; the name's end is the format.
 
@@ -49,6 +68,7 @@ def save_figure(figure: "Figure", file: str | Path) -> Path:
     return file
 
 
+@_as_it_stands
 def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] | None = None, row: int = 0) -> "Figure":
     """The maps of every query, summed over the intra-depth, a line for each layer and part.
 
@@ -121,6 +141,7 @@ def _draw_map(panel: Any, cells: torch.Tensor) -> None:
     panel.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), aspect="equal")
 
 
+@_as_it_stands
 def draw_contributions(tokens: Sequence[str], ways: Mapping[str, Attribution], title: str, row: int = 0) -> "Figure":
     """Contributions of each token, a panel for each way of attribution.
 
@@ -148,6 +169,7 @@ def draw_contributions(tokens: Sequence[str], ways: Mapping[str, Attribution], t
     return figure
 
 
+@_as_it_stands
 def draw_probes(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     """Accuracy of each row of probing tasks with its interval, in full and at equal dimension.
 

@@ -149,6 +149,11 @@ class LoadedModel:
             return []
         return (inputs["input_ids"][0] == self.tokenizer.mask_token_id).nonzero()[:, 0].tolist()
 
+    def predicted(self, inputs: Any) -> list[int]:
+        """Places of the first row at which a model is trained to predict a token or a label: words and [MASK]."""
+        without = {*self.tokenizer.all_special_ids} - {self.tokenizer.mask_token_id, self.tokenizer.unk_token_id}
+        return [place for place, token in enumerate(inputs["input_ids"][0].tolist()) if token not in without]
+
     @torch.no_grad()
     def likeliest_tokens(self, inputs: Any, places: Sequence[int]) -> list[str]:
         """The likeliest token at each place of the first row."""
@@ -224,7 +229,8 @@ class LoadedModel:
         if place is not None and not 0 <= place < len(tokens):
             raise ValueError(f"place={place}: the text has the tokens {_numbered(tokens)}; give the number of one.")
         if self.answers_questions:
-            return self._answer(tokens, outputs, target or "start", place)
+            of_text = [i for i, sequence in enumerate(inputs.sequence_ids(0)) if sequence == 1]
+            return self._answer(tokens, of_text, outputs, target or "start", place)
         if self.labels_tokens:
             if place is None:
                 raise ValueError(
@@ -272,13 +278,16 @@ class LoadedModel:
             [(self._name(int(i)), float(p)) for i, p in zip(best.indices, best.values)],
         )
 
-    def _answer(self, tokens: Sequence[str], outputs: Any, end: str, place: int | None) -> "_Question":
-        """The start or the end of an answer, at the likeliest token or a given one."""
+    def _answer(
+        self, tokens: Sequence[str], of_text: Sequence[int], outputs: Any, end: str, place: int | None
+    ) -> "_Question":
+        """The start or the end of an answer, at a given token or the likeliest of those at the places `of_text`: [CLS]
+        stands for an answer that is not there, and is listed if it is among the likeliest."""
         if end not in ("start", "end"):
             raise ValueError(f"target={end}: an answer has a start and an end; give one of these.")
         probabilities = outputs[f"{end}_logits"][0].softmax(-1)
         best = probabilities.topk(min(LIKELIEST, len(probabilities)))
-        chosen = int(best.indices[0]) if place is None else place
+        chosen = max(of_text, key=probabilities.tolist().__getitem__) if place is None else place
         return _Question(
             chosen,
             end,

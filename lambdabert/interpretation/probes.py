@@ -37,7 +37,6 @@ PORTIONS = (
 UNIFORM = 1e-3  # part of the uniform distribution in a code, which keeps every codelength finite
 ITERATIONS = 500
 EMPTY = 1e-10  # of the largest variance; a component with less is rounding
-SPARSE = 0.05  # part of numbers that are not 0 below which zeros are left out
 
 
 @dataclass
@@ -90,7 +89,7 @@ def probe(
     """Trains and tests linear probes with three seeds.
 
     Args:
-        features: [S, F], an array or tensor of S examples.
+        features: [S, F], an array or tensor of S examples. Whole numbers, by their type, are counts of words.
         labels: [S], each example's class.
         groups: [S], what may not be learnt by heart: the word that decides the label, or the article. Drawn splits
             keep each group together, a control task gives each group a random label and spreads its members over
@@ -103,7 +102,8 @@ def probe(
             group with a single member; a split that is unknown or empty, or leaves train one class.
     """
     _require_scikit_learn()
-    table = np.asarray(features, dtype=np.float32)
+    given = np.asarray(features)
+    table: Any = given.astype(np.float32)
     count = len(table)
     for name, column in (("labels", labels), ("groups", groups), ("splits", splits)):
         if column is not None and len(column) != count:
@@ -112,7 +112,7 @@ def probe(
         raise ValueError(f"features has shape {table.shape}, or numbers that are not finite; give finite [S, F].")
     if dimension is not None and dimension < 1:
         raise ValueError(f"dimension={dimension} leaves no feature; set it to 1 or more.")
-    if np.count_nonzero(table) < SPARSE * table.size:
+    if np.issubdtype(given.dtype, np.integer):
         from scipy.sparse import csr_array
 
         table = csr_array(table)
@@ -151,7 +151,7 @@ def probe(
         strength=strength,
         dev_bits=dev_bits,
         majority=float(np.mean(found["majority"])),
-        dimension=table.shape[1] if dimension is None else min(dimension, table.shape[1]),
+        dimension=whole.shape[1],
         control_accuracy=control,
         selectivity=None if control is None else accuracy - control,
         codelength=codelength,
@@ -235,7 +235,7 @@ def _parts(
 def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
     """Features [S, F] standardised by train's, and turned into its principal components where that leaves fewer.
 
-    Sparse features, which are counts of words, are divided by one scale, by which they have the same variance in all: a
+    Counts of words, which are sparse, are divided by one scale, by which they have the same variance in all: a
     scale for each would make the rarest words the longest axes, and principal components of little else.
 
     All components of more features than examples change no probe: its penalty is that of a length, and what no example
@@ -250,8 +250,6 @@ def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
 
     if not isinstance(table, np.ndarray):
         occurring = table[train].count_nonzero(axis=0) > 0
-        if not occurring.any():  # as in the content lambda of a new model, whose gain is 0
-            return np.zeros((table.shape[0], 1), dtype=np.float32)
         variances = StandardScaler(with_mean=False).fit(table[train]).var_
         table = table / np.sqrt(variances[occurring].mean(), dtype=np.float32)
         if dimension is None or dimension >= min(table.shape):
@@ -260,6 +258,8 @@ def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
         scaled = table - table[train].mean(axis=0)
     else:
         scaled = StandardScaler().fit(table[train]).transform(table)
+    if not scaled[train].any():  # as the content lambda of a new model, whose gain is 0
+        return np.zeros((len(scaled), 1), dtype=np.float32)
     examples, features = scaled[train].shape
     components = min(dimension or features, examples, features)
     return scaled if components == features else scaled @ _principal_axes(scaled[train], components)

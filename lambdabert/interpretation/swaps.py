@@ -37,7 +37,11 @@ class SwapEffect:
 
 @torch.no_grad()
 def swap_effects(
-    model: PreTrainedModel, inputs: Mapping[str, Any], other: Mapping[str, Any], places: Sequence[int] = ()
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    other: Mapping[str, Any],
+    places: Sequence[int] = (),
+    predicted: Sequence[int] | None = None,
 ) -> list[SwapEffect]:
     """What changes in a text with the content lambdas of another, in each layer alone and in all.
 
@@ -46,6 +50,8 @@ def swap_effects(
         inputs: of the text, one row.
         other: of the other text, one row; its lambdas are those of the model unchanged.
         places: whose likeliest token is reported.
+        predicted: the places at which the model was trained to predict, [CLS] and [SEP] not among them; None = all.
+            Without effect where it classifies whole texts.
 
     Raises:
         ValueError: as in `trace_lambdas`; several rows.
@@ -65,8 +71,11 @@ def swap_effects(
         after = _log_probabilities(model, swapped)
         divergence = changed = None
         if before is not None and after is not None:
-            divergence = (before.exp() * (before - after)).sum(-1).mean().item()
-            changed = (before.argmax(-1) != after.argmax(-1)).double().mean().item()
+            nats = (before.exp() * (before - after)).sum(-1)  # [1, N] of tokens, [1] or [1, C] of the text
+            others_likeliest = before.argmax(-1) != after.argmax(-1)
+            if predicted is not None and nats.shape == inputs["input_ids"].shape:
+                nats, others_likeliest = nats[:, [*predicted]], others_likeliest[:, [*predicted]]
+            divergence, changed = nats.mean().item(), others_likeliest.double().mean().item()
         cosine = None
         if layer is not None:
             content, content_of_other = (one.layers[layer].content.flatten() for one in (own, others))

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 RUN_SETTINGS_NAME = "run_settings.json"
 EVALUATION_NAME = "evaluation.json"
 CARD_NAME = "README.md"
-# what `metrics_report` puts into it
-REPORT_GROUPS = {"train", "eval", "model", "data"}
+# what it holds, and held before it named model and text
+REPORTS_OF_EVALUATIONS = ({"evaluated", "eval", "model", "data"}, {"train", "eval", "model", "data"})
 # what every `RUN_SETTINGS_NAME` holds
 SETTINGS_GROUPS = ("data", "model", "training")
 # a saved model brings the file that defines it and its flat siblings
@@ -72,13 +72,33 @@ def read_record(output_dir: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def is_evaluation(file: Path) -> bool:
-    """Whether a file is the report of a run that evaluates without training."""
+def read_evaluation(file: Path) -> dict[str, Any] | None:
+    """The report of a run that evaluated without training; None if a file is none."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and set(report) == REPORT_GROUPS
+        return None
+    return report if isinstance(report, dict) and set(report) in REPORTS_OF_EVALUATIONS else None
+
+
+def check_same_evaluation(output_dir: str | Path, evaluated: Mapping[str, Any]) -> None:
+    """Refuses to replace the evaluation of another model, or of another text.
+
+    Args:
+        output_dir: the folder.
+        evaluated: what the report is to say of model and text.
+
+    Raises:
+        ValueError: the folder has the report of another; the text says what differs.
+    """
+    report = read_evaluation(Path(output_dir) / EVALUATION_NAME) or {}
+    before = report.get("evaluated", evaluated)
+    if differing := [name for name in evaluated if before.get(name) != evaluated[name]]:
+        name = differing[0]
+        raise ValueError(
+            f"output_dir={output_dir} holds {EVALUATION_NAME} of {name}={before.get(name)}, and this is of "
+            f"{evaluated[name]}; nothing was overwritten; give another --output_dir."
+        )
 
 
 def check_output_folder(output_dir: str | Path, training: bool) -> None:
@@ -104,7 +124,7 @@ def check_output_folder(output_dir: str | Path, training: bool) -> None:
         return
     patterns = (*RUN_FILES, CHECKPOINTS) if training else (EVALUATION_NAME,)
     found = {file for pattern in patterns for file in folder.glob(pattern)}
-    foreign = sorted(file.name for file in found if file.name != EVALUATION_NAME or not is_evaluation(file))
+    foreign = sorted(file.name for file in found if file.name != EVALUATION_NAME or read_evaluation(file) is None)
     if foreign:
         raise ValueError(
             f"output_dir={output_dir} holds {', '.join(foreign[:5])}, which this command did not write; "

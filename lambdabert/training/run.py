@@ -36,6 +36,7 @@ from lambdabert.training.output_folder import (
     CARD_NAME,
     EVALUATION_NAME,
     check_output_folder,
+    check_same_evaluation,
     check_same_run,
     differing,
     first_of,
@@ -206,6 +207,11 @@ class TrainingRun(ABC):
     def show(self, trainer: InterruptibleTrainer) -> None:
         """Logs what the finished model does."""
 
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """Which model is evaluated on which text, where nothing is trained."""
+        return {}
+
     def check_options(self) -> None:
         """Refuses options that contradict each other. Raises ValueError."""
         args = self.training_args
@@ -290,6 +296,8 @@ class TrainingRun(ABC):
     def check_record(self) -> None:
         """Compares the settings with those recorded in the output folder. Raises ValueError if it is another run's."""
         args = self.training_args
+        if not self.trains:
+            check_same_evaluation(str(args.output_dir), self.evaluated)
         trained = self.checkpoint is not None or any(Path(str(args.output_dir)).glob("model*.safetensors"))
         record = read_record(str(args.output_dir)) if trained and args.do_train and not args.dry_run else None
         self.record = dict(self.settings)
@@ -539,6 +547,9 @@ class TrainingRun(ABC):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             numbers = metrics_report(self.model, self.summaries, trainer.state.log_history, metrics)
+            if not args.do_train:
+                numbers = {"evaluated": self.evaluated, **numbers}
+                del numbers["train"]
             write_json(folder / ("metrics.json" if args.do_train else EVALUATION_NAME), numbers)
             if args.do_train:
                 self.write_card(folder / CARD_NAME, self.model_card(trainer.state, describe_metrics(numbers)))

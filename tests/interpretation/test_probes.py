@@ -72,14 +72,16 @@ class TestProbe:
         assert abs(found.accuracy - 0.5) < 0.25  # members in train would give all away
         assert found.control_accuracy > 0.95 and found.selectivity < -0.4
 
+    @pytest.mark.parametrize("vocabulary", [2000, 30])
     @pytest.mark.parametrize("dimension", [None, 5])
-    def test_counts_of_words_keep_their_proportions(self, monkeypatch, dimension):
+    def test_counts_of_words_keep_their_proportions(self, monkeypatch, dimension, vocabulary):
+        """Also where a small vocabulary leaves few zeros."""
         monkeypatch.setattr("lambdabert.interpretation.probes.KEPT", 1)
         monkeypatch.setattr("lambdabert.interpretation.probes.STRENGTHS", (0.1,))
         generator = np.random.default_rng(0)
         labels = generator.integers(0, 2, 200)
-        counts = np.zeros((200, 2000))
-        counts[np.arange(200)[:, None], generator.integers(2, 2000, (200, 12))] = 1  # words that tell nothing
+        counts = np.zeros((200, vocabulary), dtype=int)
+        counts[np.arange(200)[:, None], generator.integers(2, vocabulary, (200, 12))] = 1  # words that tell nothing
         counts[np.arange(200), labels] = generator.integers(0, 3, 200)  # two that tell all, where there are any
         splits = np.repeat(["train", "dev", "test"], [100, 40, 60])
         scaled = counts / np.sqrt(counts[:100].var(axis=0)[counts[:100].any(axis=0)].mean())
@@ -90,7 +92,12 @@ class TestProbe:
         assert torch.equal(
             found.correct, torch.from_numpy(plain.predict(scaled[140:]) == labels[140:]).double().repeat(3)
         )
-        assert found.accuracy > 0.75
+        assert found.accuracy > 0.75 and found.dimension == (dimension or vocabulary)
+
+    def test_no_more_dimensions_than_examples(self):
+        table = np.random.default_rng(0).normal(size=(40, 300))
+        found = probe(table, np.arange(40) % 2, splits=np.repeat(["train", "dev", "test"], [20, 10, 10]), dimension=256)
+        assert found.dimension == 19, "of 20 examples about their mean"
 
     @pytest.mark.parametrize("features", [300, 20])
     def test_is_a_plain_regression_on_standardised_features(self, monkeypatch, features):

@@ -12,9 +12,18 @@ from transformers import AutoTokenizer
 import run_language_modeling
 from lambdabert.text.masks import masking_collator
 from lambdabert.training.models import peak_learning_rate
-from modeling_lambdabert import LambdaBertForPreTrainingSOP
+from modeling_lambdabert import LambdaBertForPreTrainingSOP, LambdaBertForQuestionAnswering, LambdaBertModel
 from run_language_modeling import parse_arguments
-from training_support import RECIPE, finish, run_card_snippet, sources, start_command, write_recipe
+from training_support import (
+    RECIPE,
+    complaint,
+    contents,
+    finish,
+    run_card_snippet,
+    sources,
+    start_command,
+    write_recipe,
+)
 
 ROOT = Path(run_language_modeling.__file__).parent
 RECIPES = sorted(file for file in (ROOT / "configs").glob("*.json") if "teacher" not in json.loads(file.read_text()))
@@ -104,6 +113,55 @@ def test_evaluation_is_exact_whatever_the_batch_size(pretrained, text):
         assert measured["eval_mlm_loss"] == pytest.approx(loss / masked, rel=1e-5)
         assert measured["eval_mlm_accuracy"] == pytest.approx(correct / masked)
         assert measured["eval_sentence_accuracy"] == pytest.approx(pairs / len(examples))
+
+
+def evaluation(text, source, output_dir, **values):
+    """The recipe of an evaluation alone."""
+    alone = {"do_train": None, "config_overrides": None, "eval_steps": None, "objective": None}
+    alone |= dict.fromkeys(TRAINING_ALONE)
+    return write_recipe(
+        output_dir.with_suffix(".json"),
+        model_name_or_path=str(source),
+        output_dir=str(output_dir),
+        **alone | sources(text, tokenizer_name=None) | values,
+    )
+
+
+def test_evaluation_is_of_what_the_model_was_trained_for(pretrained, text, tmp_path, capfd):
+    """Another task's head would be random, or misread; the report names model, task and text."""
+    output_dir, _ = pretrained
+    out = tmp_path / "out"
+    assert run_language_modeling.main([evaluation(text, output_dir, out)]) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert report["evaluated"]["objective"] == "sop"
+    assert report["evaluated"]["model_name_or_path"] == str(output_dir)
+    trained = json.loads((output_dir / "metrics.json").read_text())["eval"]
+    assert report["eval"]["eval_sentence_loss"] == pytest.approx(trained["eval_sentence_loss"], rel=1e-5)
+    assert "train" not in report
+
+    assert run_language_modeling.main([evaluation(text, output_dir, out)]) == 0, "the same again"
+    before = contents(out)
+    assert set(before) == {out / "evaluation.json"}
+    capfd.readouterr()
+    for values, said in (
+        ({"objective": "nsp"}, "trained for 'sop' and has no head for another sentence task"),
+        ({"objective": "mlm"}, "holds evaluation.json of objective=sop, and this is of mlm"),
+        ({"max_eval_samples": 3}, "holds evaluation.json of max_eval_samples=None, and this is of 3"),
+    ):
+        recipe = evaluation(text, output_dir, out, **values)
+        assert said in complaint(recipe, capfd)
+    assert contents(out) == before
+
+
+def test_evaluation_of_a_model_without_its_head_is_refused(pretrained, text, tmp_path, capfd):
+    output_dir, _ = pretrained
+    for head in (LambdaBertModel, LambdaBertForQuestionAnswering):
+        source = tmp_path / head.__name__
+        head.from_pretrained(output_dir).save_pretrained(source)
+        AutoTokenizer.from_pretrained(output_dir).save_pretrained(source)
+        recipe = evaluation(text, source, tmp_path / "out", objective="mlm")
+        assert f"was saved as {head.__name__}, without the head" in complaint(recipe, capfd)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
