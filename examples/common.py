@@ -63,6 +63,16 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     for name, value in (("eval_do_concat_batches", False), ("prediction_loss_only", True)):
         if type(training) is Training and getattr(training, name) is value:  # sentence vectors need no predictions
             raise ValueError(f"{name}={value}: the results are computed from all predictions; leave it out.")
+    if training.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={training.resume_from_checkpoint} has no effect: the result is trained from the "
+            "start, in a new folder; give the checkpoint as --model, or leave it out."
+        )
+    if training.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy={training.eval_strategy.value}: the result is evaluated at the end, and nothing before; leave it "
+            "out, and with it load_best_model_at_end."
+        )
     if options.max_seq_length < 3:
         raise ValueError(f"max_seq_length={options.max_seq_length} leaves no token between [CLS] and [SEP]; give more.")
     folder = Path(training.output_dir)
@@ -101,7 +111,7 @@ def read_table(file: str) -> Dataset:
 
 
 def read_splits(options: Options, columns: dict[str, str], read: Callable[[str], Dataset] = read_table) -> DatasetDict:
-    """The splits to train and evaluate on: "train", and "validation", "test" or both.
+    """The splits to train and evaluate on: "train", and "validation", "test" or both; of columns, those that are used.
 
     Args:
         options: where they are.
@@ -127,7 +137,25 @@ def read_splits(options: Options, columns: dict[str, str], read: Callable[[str],
     data = DatasetDict({split: data[split] for split in SPLITS if split in data})
     for split in data:
         check_columns(data, split, columns)
-    return data
+    used = {*columns.values(), *(value for name, value in vars(options).items() if name.endswith("_column"))}
+    kept = {split: [name for name in rows.column_names if name in used] for split, rows in data.items()}
+    return DatasetDict({split: rows.select_columns(kept[split]) for split, rows in data.items()})
+
+
+def check_texts(splits: DatasetDict, columns: dict[str, str]) -> None:
+    """Raises ValueError if one of `columns`, which map an option to the column it names, holds something else."""
+    for split, rows in splits.items():
+        for option, column in columns.items():
+            kind = rows.features[column].dtype
+            if kind not in ("string", "large_string"):
+                raise ValueError(
+                    f"{option}={column} of the {split} data holds values of type {kind}, not texts; name another."
+                )
+            if missing := [i for i, text in enumerate(rows[column], 1) if not (text and text.strip())]:
+                raise ValueError(
+                    f"{option}={column}: {len(missing)} rows of the {split} data have no text, row {missing[0]} the "
+                    "first of them; leave them out."
+                )
 
 
 def check_columns(data: DatasetDict, split: str, columns: dict[str, str]) -> None:

@@ -11,6 +11,8 @@ from sentence_transformers import SentenceTransformer
 
 from distill_from_bert import main
 
+if len(sys.argv) < 4:
+    sys.exit("error: give the teacher, a file of text and a new folder; options of distill_from_bert.py may follow")
 teacher, text, folder, *options = sys.argv[1:]
 if main(["--teacher", teacher, "--train_file", text, "--output_dir", folder, "--do_train", *options]):
     sys.exit(1)

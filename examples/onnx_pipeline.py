@@ -28,6 +28,8 @@ class OnnxModel(PreTrainedModel):
         return ModelOutput((name, torch.from_numpy(output)) for name, output in zip(names, outputs))
 
 
+if len(sys.argv) != 4:
+    sys.exit("error: give a task of pipelines, the folder and a text, as in fill-mask models/mine_onnx 'A [MASK].'")
 task, folder, text = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 for answer in pipeline(task, model=OnnxModel(folder), tokenizer=tokenizer, device="cpu")(text):

@@ -26,6 +26,7 @@ from examples.common import (
     Options,
     Training,
     check_columns,
+    check_texts,
     evaluated,
     parse,
     read_splits,
@@ -89,11 +90,18 @@ def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
 
 def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, PairOptions, SentenceTraining)
-    splits = read_splits(options, {"first_column": options.first_column, "second_column": options.second_column})
+    columns = {"first_column": options.first_column, "second_column": options.second_column}
+    splits = read_splits(options, columns)
+    check_texts(splits, columns)
     wanted = {}
     for split in evaluated(splits):
         check_columns(splits, split, {"score_column": options.score_column})
         wanted[split] = scores(splits[split], split, options.score_column)
+        if len(set(wanted[split])) < 2:
+            raise ValueError(
+                f"score_column={options.score_column}: all pairs of the {split} data have the same score, which "
+                "correlates with nothing; give pairs of different ones."
+            )
     model = SentenceTransformer(options.model, device=str(training.device))
     model.max_seq_length = options.max_seq_length
     trainer = SentenceTransformerTrainer(

@@ -14,7 +14,7 @@ from datasets import ClassLabel, DatasetDict
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer
 
-from examples.common import Metrics, Options, Training, parse, read_splits, run, train_and_evaluate
+from examples.common import Metrics, Options, Training, check_texts, parse, read_splits, run, train_and_evaluate
 
 
 @dataclass
@@ -26,18 +26,7 @@ class TextOptions(Options):
 def read_texts(options: TextOptions) -> DatasetDict:
     """The splits. Raises ValueError if the column does not hold text."""
     splits = read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
-    for split, rows in splits.items():
-        kind = rows.features[options.text_column].dtype
-        if kind not in ("string", "large_string"):
-            raise ValueError(
-                f"text_column={options.text_column} of the {split} data holds values of type {kind}, not texts; name "
-                "another."
-            )
-        if missing := [i for i, text in enumerate(rows[options.text_column], 1) if not (text and text.strip())]:
-            raise ValueError(
-                f"text_column={options.text_column}: {len(missing)} rows of the {split} data have no text, row "
-                f"{missing[0]} the first of them; leave them out."
-            )
+    check_texts(splits, {"text_column": options.text_column})
     return splits
 
 

@@ -41,7 +41,7 @@ def read_tagged(file: str, options: TagOptions) -> Dataset:
     if not file.lower().endswith(CONLL):
         return read_table(file)
     sentences: list[list[list[str]]] = [[]]
-    with open(file, encoding="utf-8", newline="\n") as lines:
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             columns = line.split()
             if not columns:
@@ -64,7 +64,11 @@ def with_tag_names(splits: DatasetDict, words_column: str, column: str) -> tuple
     """
     for split, rows in splits.items():
         for number, (words, tags) in enumerate(zip(rows[words_column], rows[column]), 1):
-            if isinstance(words, str) or isinstance(tags, str) or None in (words or ()):
+            if (
+                isinstance(words, str)
+                or isinstance(tags, str)
+                or any(not isinstance(word, str) for word in words or ())
+            ):
                 raise ValueError(
                     f"row {number} of the {split} data: {words_column} and {column} take lists of words and tags, "
                     "which a CSV file cannot hold; use a CoNLL file, or JSON."

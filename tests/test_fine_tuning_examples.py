@@ -275,6 +275,8 @@ def test_sentence_embeddings(model, tmp_path):
         (["--prediction_loss_only=True"], "prediction_loss_only=True: the results"),
         (["--dataset_name=x"], "either --train_file or --dataset_name"),
         (["--output_dir=."], "output_dir=. holds something already"),
+        (["--resume_from_checkpoint=there"], "resume_from_checkpoint=there has no effect"),
+        (["--eval_strategy=epoch"], "eval_strategy=epoch: the result is evaluated at the end"),
         (["--learning_rate=fast"], "learning.rate: invalid float value: 'fast'"),
         (["--model=nowhere/at-all"], "model=nowhere/at-all is not the folder or hub name of a model"),
     ],
@@ -339,6 +341,17 @@ def test_answers_of_another_shape_and_long_questions_are_refused(model, tmp_path
     refuses(rows, "max_seq_length=32: a question has 24 tokens, .* stride=6", "--max_seq_length=32", "--stride=6")
 
 
+def test_columns_that_are_not_used_do_not_matter(model, tmp_path):
+    """Nor that one file has them and another does not."""
+    rows = [("the fox sees", "animal"), ("a sailor", "person")] * 4
+    train = write_csv(tmp_path / "train.csv", ["sentence", "kind", "id"], [(*row, "1") for row in rows])
+    test = write_csv(tmp_path / "test.csv", ["source", "sentence", "kind"], [("web", *row) for row in rows])
+    columns = ["--text_column=sentence", "--label_column=kind", "--max_seq_length=32", *QUICK]
+    files = [f"--train_file={train}", f"--test_file={test}"]
+    found = text_classification.main([f"--model={model}", *files, *columns, f"--output_dir={tmp_path / 'result'}"])
+    assert 0 <= found["test_accuracy"] <= 1
+
+
 def test_texts_tags_and_scores_that_are_missing_are_refused(model, texts, tmp_path):
     result = f"--output_dir={tmp_path / 'result'}"
     rows = [{"sentence": "the fox", "kind": "animal"}, {"sentence": None, "kind": "person"}]
@@ -356,6 +369,10 @@ def test_texts_tags_and_scores_that_are_missing_are_refused(model, texts, tmp_pa
     files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
     with pytest.raises(ValueError, match="label_column=kind holds several labels in a row"):
         text_classification.main([f"--model={model}", *texts, *files, result])
+    rows = [{"tokens": [1, 2], "ner_tags": ["O", "O"]}]
+    files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
+    with pytest.raises(ValueError, match="row 1 of the train data: tokens and ner_tags take lists of words"):
+        token_classification.main([f"--model={model}", *files, "--max_seq_length=32", *QUICK, result])
     for tags in (["O"], ["O", "O", "O"], ["O", None], None):
         rows = [{"tokens": ["the", "fox"], "ner_tags": ["O", "O"]}, {"tokens": ["the", "fox"], "ner_tags": tags}]
         files = [f"--{split}_file={write_lines(tmp_path / f'{split}.jsonl', rows)}" for split in ("train", "test")]
@@ -370,6 +387,25 @@ def test_scores_are_numbers_however_they_are_written():
         rows = Dataset.from_dict({"score": ["1", wrong]})
         with pytest.raises(ValueError, match=f"^score_column=score: {wrong!r} in row 2 of the test data"):
             sentence_embeddings.scores(rows, "test", "score")
+
+
+def test_pairs_without_a_text_and_scores_that_are_all_the_same_are_refused(model, tmp_path):
+    right = {"sentence1": "the fox", "sentence2": "a fox", "score": 1.0}
+    train = write_lines(tmp_path / "train.jsonl", [right, right])
+    for rows, message in (
+        ([right, right | {"sentence2": " ", "score": 0.0}], "second_column=sentence2: 1 rows of the test data have no"),
+        ([right, right], "score_column=score: all pairs of the test data have the same score"),
+    ):
+        files = [f"--train_file={train}", f"--test_file={write_lines(tmp_path / 'test.jsonl', rows)}"]
+        with pytest.raises(ValueError, match=message):
+            options = ["--max_seq_length=32", *QUICK, f"--output_dir={tmp_path / 'result'}"]
+            sentence_embeddings.main([f"--model={model}", *files, *options])
+
+
+def test_a_mark_of_byte_order_is_no_word(tmp_path):
+    (tmp_path / "a.conll").write_text("\ufeff-DOCSTART- O\n\nfox B-animal\n", encoding="utf-8")
+    options = token_classification.TagOptions(train_file="a", validation_file="b")
+    assert token_classification.read_tagged(str(tmp_path / "a.conll"), options)["tokens"] == [["fox"]]
 
 
 def test_numbers_as_classes_keep_their_order():

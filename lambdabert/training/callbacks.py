@@ -69,6 +69,15 @@ class StopTogether(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+class LogEnd(TrainerCallback):
+    """Logs the last step too, so that the loss which the report gives is of the end."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or (
+            state.global_step == state.max_steps and args.logging_strategy != "no"
+        )
+
+
 class OwnSchedule(TrainerCallback):
     """Gives a run that was resumed its own schedules in place of the checkpoint's.
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, align_special_tokens
 
 from lambdabert.text.masks import IGNORED_LABEL
-from lambdabert.training.callbacks import OwnSchedule, StopTogether
+from lambdabert.training.callbacks import LogEnd, OwnSchedule, StopTogether
 from lambdabert.training.checkpoints import (
     CheckpointError,
     last_complete_checkpoint,
@@ -74,6 +74,7 @@ class InterruptibleTrainer(Trainer):
         self.diverged = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self.stop = StopTogether(self)
         self.add_callback(self.stop)
+        self.add_callback(LogEnd())
         if not streamed:
             self.add_callback(EpochMasks(data_collator))
         # wall-clock time of this run: `seconds` so far when `clock` was read

@@ -249,6 +249,7 @@ def test_warm_up_that_lasts_the_whole_run_is_told(text, tmp_path, warmup_steps, 
     )
     log = tmp_path / "log"
     assert finish(start_command([recipe], log)) == [0], log.read_text()
+    assert "mlm_loss" in json.loads((tmp_path / "run" / "metrics.json").read_text())["train"], "logged at the end"
     assert ("warmup_steps=2: the learning rate rises over all 2 steps" in log.read_text()) == said
 
 
