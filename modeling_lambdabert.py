@@ -152,7 +152,11 @@ class LambdaBertForPreTrainingOutput(ModelOutput):
 
 @dataclass
 class LambdaBertHeadOutput(ModelOutput):
-    """Output of the models with one head; the shape of the logits is the head's."""
+    """Output of the models with one head; the shape of the logits is the head's.
+
+    In a training step of `LambdaBertForMaskedLM` that is given `num_items_in_batch`, as the Trainer's is, they are those
+    of the M masked tokens alone, [M, vocab_size].
+    """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None

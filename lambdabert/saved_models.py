@@ -94,8 +94,13 @@ def load_as_saved(name: str | Path) -> PreTrainedModel:
         The model in float32 and evaluation mode. A bare encoder whose pooler was not saved comes without one.
 
     Raises:
-        ValueError: weights are missing, which would be random.
+        ValueError: weights are missing, which would be random; the folder holds an adapter alone, or a class of others.
     """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model={name} holds an adapter and not its model: load both with peft, save what merge_and_unload() gives, "
+            "with the tokenizer, and name that folder."
+        )
     fields, _ = PreTrainedConfig.get_config_dict(name)
     architecture = next(iter(fields.get("architectures") or ()), None)
     known = LambdaBertModel.__name__ if architecture is None else architecture

@@ -204,6 +204,12 @@ class TestMistakes:
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
         assert "has no weights for cls.predictions" in said and "architectures" in said
 
+    def test_an_adapter_alone(self, model, tmp_path, capsys):
+        (model / "adapter_config.json").write_text("{}")
+        (model / "model.safetensors").unlink()
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert "holds an adapter and not its model" in said and "merge_and_unload" in said
+
     def test_a_class_of_somebody_else(self, model, tmp_path, capsys):
         """Whose head would be lost."""
         config = json.loads((model / "config.json").read_text()) | {"architectures": ["MyClassifier"]}
