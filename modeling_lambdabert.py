@@ -154,8 +154,8 @@ class LambdaBertForPreTrainingOutput(ModelOutput):
 class LambdaBertHeadOutput(ModelOutput):
     """Output of the models with one head; the shape of the logits is the head's.
 
-    In a training step of `LambdaBertForMaskedLM` that is given `num_items_in_batch`, as the Trainer's is, they are those
-    of the M masked tokens alone, [M, vocab_size].
+    In a training step of `LambdaBertForMaskedLM` that is given `num_items_in_batch`, as the Trainer's is, they are
+    those of the M masked tokens alone, [M, vocab_size].
     """
 
     loss: torch.Tensor | None = None

@@ -70,8 +70,8 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
         )
     if training.eval_strategy != "no":
         raise ValueError(
-            f"eval_strategy={training.eval_strategy.value}: the result is evaluated at the end, and nothing before; leave it "
-            "out, and with it load_best_model_at_end."
+            f"eval_strategy={training.eval_strategy.value}: the result is evaluated at the end, and nothing before; "
+            "leave it out, and with it load_best_model_at_end."
         )
     if options.max_seq_length < 3:
         raise ValueError(f"max_seq_length={options.max_seq_length} leaves no token between [CLS] and [SEP]; give more.")

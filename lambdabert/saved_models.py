@@ -98,8 +98,8 @@ def load_as_saved(name: str | Path) -> PreTrainedModel:
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(
-            f"model={name} holds an adapter and not its model: load both with peft, save what merge_and_unload() gives, "
-            "with the tokenizer, and name that folder."
+            f"model={name} holds an adapter and not its model: load both with peft, save what merge_and_unload() "
+            "gives, with the tokenizer, and name that folder."
         )
     fields, _ = PreTrainedConfig.get_config_dict(name)
     architecture = next(iter(fields.get("architectures") or ()), None)
