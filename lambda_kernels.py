@@ -36,6 +36,12 @@ OFF_STRIDE = 16  # numbers added to rows that are transposed: rows 2^i apart sha
 PositionLambda = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def is_exporting() -> bool:
+    """Whether a program is exported. The flag is read in place of `torch.compiler.is_exporting`, which dynamo before
+    torch 2.13 answers with True whatever it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def as_a_whole(values: torch.Tensor) -> bool:
     """Whether a batch is computed at once, and not tile by tile, as inference on a CPU is."""
     is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -62,7 +68,7 @@ def fastest_outputs(
         position_lambda: the formula of the scope, from values and E to [B, N, K, V].
         apply_lambdas: the formula of the output, from queries, content and position lambdas.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         position_lambda = spectral_position_lambda if is_global else exported_local_lambda
     elif not torch.jit.is_tracing():
         direct_length = DIRECT_LENGTH_ON_GPU if values.device.type == "cuda" else DIRECT_LENGTH
@@ -86,7 +92,7 @@ def prefers_blocks(queries: torch.Tensor, is_global: bool) -> bool:
 
     A tensor core multiplies zeros faster than memory moves the lambdas [B, N, K, V].
     """
-    is_written_out = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    is_written_out = is_exporting() or torch.jit.is_tracing()
     fits = LOCAL_BLOCK * queries.shape[2] * queries.shape[3] <= BLOCK_CHANNELS
     return queries.device.type == "cuda" and not is_global and not is_written_out and fits
 

@@ -2,13 +2,20 @@
 
 import torch
 
+try:  # the flat form serves this repository, the relative one a saved model's folder
+    from .lambda_kernels import is_exporting
+except ImportError:
+    if __package__:
+        raise
+    from lambda_kernels import is_exporting
+
 MATRIX_LENGTH = 2048  # places of a row up to which a GPU multiplies with a matrix sooner than it scatters
 MATRIX_NUMBERS = 2**28  # in the matrices of a batch at most, 0.5 GB in bfloat16
 
 
 def prefers_matrix(token_ids: torch.Tensor) -> bool:
     """Whether means over the occurrences of tokens [B, N] are products with matrices [N, N]: in short rows on a GPU."""
-    if token_ids.device.type != "cuda" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if token_ids.device.type != "cuda" or is_exporting() or torch.jit.is_tracing():
         return False  # before a size is looked at, which would bound that of an exported program
     batch, length = token_ids.shape
     return length <= MATRIX_LENGTH and batch * length**2 <= MATRIX_NUMBERS

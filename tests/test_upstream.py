@@ -51,6 +51,17 @@ PRIVATE = {
         "LambdaLayer asks whether a backward pass is running: else activation checkpointing, which computes the layer "
         "again in it, would update BatchNorm's running statistics twice.",
     ),
+    "_is_exporting_flag": (
+        lambda: torch.compiler._is_exporting_flag is torch.compiler.is_exporting() is False,
+        "The layer asks whether a program is exported: else exported programs would have operators that runtimes lack.",
+    ),
+    **{
+        f"_global_{name}_hooks": (
+            lambda name=name: vars(torch.nn.modules.module)[f"_global_{name}_hooks"] == {},
+            "Padding is computed where a hook on all modules sees it: else it would be given packed rows.",
+        )
+        for name in ("forward", "forward_pre", "backward", "backward_pre")
+    },
     "_forward_hooks": (
         lambda: nn.Identity()._forward_hooks == {},
         "LambdaBertModel leaves out padding, and a layer tiles its feed-forward part, only if no hook watches.",
