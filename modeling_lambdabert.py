@@ -61,7 +61,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
-    from .configuration_lambdabert import LambdaBertConfig
+    from .configuration_lambdabert import PROBLEM_TYPES, LambdaBertConfig
     from .conversion_lambdabert import convert_weights, converted_config, load_bert
     from .lambda_kernels import as_a_whole
     from .lambda_layer import LambdaLayer, as_token_mask, may_look_into
@@ -69,7 +69,7 @@ try:  # the flat form serves this repository, the relative one a saved model's f
 except ImportError:
     if __package__:
         raise
-    from configuration_lambdabert import LambdaBertConfig
+    from configuration_lambdabert import PROBLEM_TYPES, LambdaBertConfig
     from conversion_lambdabert import convert_weights, converted_config, load_bert
     from lambda_kernels import as_a_whole
     from lambda_layer import LambdaLayer, as_token_mask, may_look_into
@@ -864,6 +864,8 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         problem_type = self.config.problem_type or self._problem_type(logits, labels)
+        if problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"problem_type={problem_type!r} is unknown; set it to one of {PROBLEM_TYPES}.")
         if problem_type == "single_label_classification":
             loss = _label_loss(logits, labels, num_items_in_batch)
         else:

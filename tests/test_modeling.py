@@ -207,6 +207,13 @@ class TestLosses:
         output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
         torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels))
 
+    def test_an_unknown_problem_type_is_refused(self, make_config, make_inputs):
+        config = make_config(num_labels=3)
+        model = build(LambdaBertForSequenceClassification, config)
+        model.config.problem_type = "regresion"
+        with pytest.raises(ValueError, match="^problem_type='regresion' is unknown; set it to one of"):
+            model(**make_inputs(LambdaBertForSequenceClassification, config), labels=torch.zeros(3))
+
     def test_several_classes_of_a_text_as_whole_numbers(self, make_config, make_inputs):
         config = make_config(num_labels=3)
         model = build(LambdaBertForSequenceClassification, config).eval()
