@@ -37,8 +37,8 @@ PositionLambda = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def is_exporting() -> bool:
-    """Whether a program is exported. The flag is read in place of `torch.compiler.is_exporting`, which dynamo before
-    torch 2.13 answers with True whatever it compiles."""
+    """Whether a program is exported. The flag is read in place of `torch.compiler.is_exporting`, which dynamo of
+    torch 2.11 answers with True whatever it compiles."""
     return torch.compiler._is_exporting_flag
 
 

@@ -52,7 +52,7 @@ from lambdabert.training.report import (
     unigram_baseline,
 )
 from lambdabert.training.run import Documents, TrainingRun
-from lambdabert.training.settings import content_hash, examples_of_a_step
+from lambdabert.training.settings import examples_of_a_step
 from lambdabert.training.tokenizers import load_tokenizer
 from lambdabert.training.trainer import InterruptibleTrainer, PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
@@ -325,7 +325,7 @@ class Pretraining(TrainingRun):
     def evaluated(self) -> dict[str, Any]:
         model = {"model_name_or_path": self.model_args.model_name_or_path}
         text = {name: getattr(self.data_args, name) for name in EVALUATED_FIELDS}
-        return model | text | {"content of the examples": content_hash(self.examples["validation"])}
+        return model | text | {"content of the examples": self.evaluation_text}
 
     def model_card(self, state: TrainerState, metrics: str) -> str:
         name = Path(str(self.training_args.output_dir)).resolve().name

@@ -27,16 +27,22 @@ BAR = 33  # colours in a colour bar; matplotlib makes pixels of more than 50
 FAINT = 1 / 256  # of a map's scale; fainter cells are not drawn, which keeps a vector file small
 
 
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed, and figures need it: pip install matplotlib") from error
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of that size in inches.
 
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed, and figures need it: pip install matplotlib") from error
+    _require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -45,7 +51,7 @@ def _as_it_stands(draw: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
-        new_figure(1, 1)  # tells that matplotlib is missing
+        _require_matplotlib()
         from matplotlib import rc_context
 
         with rc_context({"text.parse_math": False}):

@@ -279,7 +279,7 @@ class LoadedModel:
         )
 
     def _answer(
-        self, tokens: Sequence[str], of_text: Sequence[int], outputs: Any, end: str, place: int | None
+        self, tokens: Sequence[str], of_text: list[int], outputs: Any, end: str, place: int | None
     ) -> "_Question":
         """The start or the end of an answer, at a given token or the likeliest of those at the places `of_text`: [CLS]
         stands for an answer that is not there, and is listed if it is among the likeliest."""
@@ -287,7 +287,7 @@ class LoadedModel:
             raise ValueError(f"target={end}: an answer has a start and an end; give one of these.")
         probabilities = outputs[f"{end}_logits"][0].softmax(-1)
         best = probabilities.topk(min(LIKELIEST, len(probabilities)))
-        chosen = max(of_text, key=probabilities.tolist().__getitem__) if place is None else place
+        chosen = of_text[int(probabilities[of_text].argmax())] if place is None else place
         return _Question(
             chosen,
             end,

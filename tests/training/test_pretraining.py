@@ -73,21 +73,23 @@ assert hasattr(AutoModelForPreTraining.from_pretrained("run", trust_remote_code=
     assert done.stdout.count("'sequence'") == 5
 
 
+def evaluation(text, source, output_dir, **values):
+    """The recipe of an evaluation alone."""
+    alone = {"do_train": None, "config_overrides": None, "eval_steps": None, "objective": None}
+    alone |= dict.fromkeys(TRAINING_ALONE)
+    return write_recipe(
+        output_dir.with_suffix(".json"),
+        model_name_or_path=str(source),
+        output_dir=str(output_dir),
+        **alone | sources(text, tokenizer_name=None) | values,
+    )
+
+
 def test_evaluation_is_exact_whatever_the_batch_size(pretrained, text):
     """Against a plain loop, one example at a time, over every masked token."""
     output_dir, _ = pretrained
     model = LambdaBertForPreTrainingSOP.from_pretrained(output_dir).eval()
-    recipe = write_recipe(
-        output_dir.parent / "evaluate.json",
-        model_name_or_path=str(output_dir),
-        output_dir=str(output_dir.parent / "evaluated"),
-        do_train=None,
-        config_overrides=None,
-        eval_steps=None,
-        per_device_eval_batch_size=5,
-        **dict.fromkeys(TRAINING_ALONE),
-        **sources(text, tokenizer_name=None),
-    )
+    recipe = evaluation(text, output_dir, output_dir.parent / "evaluated", per_device_eval_batch_size=5)
     pretraining = run_language_modeling.Pretraining(*parse_arguments([recipe]))
     pretraining.prepare()
     examples = pretraining.examples["validation"]
@@ -113,18 +115,6 @@ def test_evaluation_is_exact_whatever_the_batch_size(pretrained, text):
         assert measured["eval_mlm_loss"] == pytest.approx(loss / masked, rel=1e-5)
         assert measured["eval_mlm_accuracy"] == pytest.approx(correct / masked)
         assert measured["eval_sentence_accuracy"] == pytest.approx(pairs / len(examples))
-
-
-def evaluation(text, source, output_dir, **values):
-    """The recipe of an evaluation alone."""
-    alone = {"do_train": None, "config_overrides": None, "eval_steps": None, "objective": None}
-    alone |= dict.fromkeys(TRAINING_ALONE)
-    return write_recipe(
-        output_dir.with_suffix(".json"),
-        model_name_or_path=str(source),
-        output_dir=str(output_dir),
-        **alone | sources(text, tokenizer_name=None) | values,
-    )
 
 
 def test_evaluation_is_of_what_the_model_was_trained_for(pretrained, text, tmp_path, capfd):
