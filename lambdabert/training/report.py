@@ -144,6 +144,7 @@ def metrics_report(
     summaries: Mapping[str, PreparationSummary],
     history: History,
     metrics: Mapping[str, float],
+    evaluated: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """All numbers of a run, as JSON values.
 
@@ -152,9 +153,11 @@ def metrics_report(
         summaries: of the prepared texts.
         history: the Trainer's log.
         metrics: the final evaluation's.
+        evaluated: which model on which text, where nothing was trained.
     """
+    of_run = {"train": training_summary(history)} if evaluated is None else {"evaluated": dict(evaluated)}
     return {
-        "train": training_summary(history),
+        **of_run,
         "eval": dict(metrics),
         "model": {"parameters": model.num_parameters()},
         "data": {split: vars(summary) for split, summary in summaries.items()},

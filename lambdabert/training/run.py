@@ -546,10 +546,8 @@ class TrainingRun(ABC):
         folder = Path(str(args.output_dir))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            numbers = metrics_report(self.model, self.summaries, trainer.state.log_history, metrics)
-            if not args.do_train:
-                numbers = {"evaluated": self.evaluated, **numbers}
-                del numbers["train"]
+            history, of_evaluation = trainer.state.log_history, None if args.do_train else self.evaluated
+            numbers = metrics_report(self.model, self.summaries, history, metrics, of_evaluation)
             write_json(folder / ("metrics.json" if args.do_train else EVALUATION_NAME), numbers)
             if args.do_train:
                 self.write_card(folder / CARD_NAME, self.model_card(trainer.state, describe_metrics(numbers)))
