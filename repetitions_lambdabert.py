@@ -72,5 +72,8 @@ class Repetitions:
 
     def _sum_of_slot(self, rows: torch.Tensor) -> torch.Tensor:
         """The sum of rows [B N, C] over each slot, at every place of the slot."""
-        slots = self.slots[:, None].expand_as(rows)
-        return torch.zeros_like(rows).scatter_add(0, slots, rows).gather(0, slots)
+        sums = torch.zeros_like(rows)
+        if torch.jit.is_tracing():  # ONNX files of traces would add one row to each slot by index_add
+            slots = self.slots[:, None].expand_as(rows)
+            return sums.scatter_add(0, slots, rows).gather(0, slots)
+        return sums.index_add(0, self.slots, rows).index_select(0, self.slots)

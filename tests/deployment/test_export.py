@@ -154,6 +154,16 @@ def test_int8_computes_nearly_what_the_model_does(make_config, make_inputs, tmp_
     assert products == sum(isinstance(layer, torch.nn.Linear) for layer in model.modules())
 
 
+def test_a_repetition_lambda_moves_whole_rows(make_config, tmp_path):
+    """Only the token ids go number by number: of values, that takes onnxruntime 25 times as long."""
+    fields = dict(repetition_context_size=3, mask_token_id=4)
+    save_model(tmp_path / "model", make_config, "LambdaBertModel", 5, "none", **fields)
+    done = export_model(tmp_path / "model", tmp_path / "onnx")
+    operators = [node.op_type for node in onnx.load(done.file).graph.node]
+    assert operators.count("ScatterElements") == operators.count("GatherElements") == 1
+    assert operators.count("ScatterND") == 2  # how often tokens occur, and the values of one layer
+
+
 def test_a_model_without_pooling_layer_has_no_pooler_output(make_config, tmp_path):
     """Its random one would be exported otherwise."""
     config = make_config(num_hidden_layers=1)
