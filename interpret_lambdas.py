@@ -74,14 +74,17 @@ def build_parser() -> Parser:
         return command
 
     command = add("map", run_map, "A text's maps, as a page and figures.", (".html", *FIGURES))
-    what = "The text, in quotes; with one [MASK], its prediction is explained. A classifier takes a pair of texts, too."
+    what = (
+        "The text, in quotes; with one [MASK], its prediction is explained. Models of classes, of answers and of "
+        "sentence pairs take two texts, too."
+    )
     command.add_argument("text", nargs="*", help=what)
     command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
     what = "What the prediction of a masked word, a class, a label or an answer is due to."
     command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
     what = (
-        "The text, in quotes, with one [MASK] unless the model classifies; for a classifier of pairs both texts, for "
-        "answers the question and the text."
+        "The text, in quotes, with one [MASK] unless the model classifies; for a classifier or pretraining model of "
+        "pairs both texts, for answers the question and the text."
     )
     command.add_argument("text", nargs="*", help=what)
     what = "The token or class that is explained, the likeliest if not given; for answers, start (as given) or end."
@@ -137,12 +140,12 @@ def check_count(texts: Sequence[str], count: int, command: str) -> None:
 
 
 def encode_given(args: argparse.Namespace, loaded: LoadedModel) -> Any:
-    """The text, or two, that the command was given: a question and its text, or a pair to classify, are one row."""
+    """The text, or two, that the command was given: a question and its text, or a pair of texts, are one row."""
     if loaded.answers_questions and args.command == "explain":
         check_count(args.text, 2, "explain of an answer")
     elif loaded.judges_pairs:
         check_count(args.text, 2, f"{args.command} of a next-sentence model")
-    elif not (loaded.predicts_classes and len(args.text) == 2):
+    elif not (loaded.takes_pairs and len(args.text) == 2):
         check_count(args.text, 1, args.command)
     return loaded.encode_question(*args.text) if len(args.text) == 2 else loaded.encode(args.text)
 

@@ -623,6 +623,24 @@ class TestUsersFiles:
         found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
         assert found["likeliest"][0]["probability"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
 
+    @pytest.mark.parametrize("kind", ["ForQuestionAnswering", "ForPreTrainingSOP"])
+    def test_a_page_of_two_texts(self, interpret, folders, tmp_path, kind):
+        pair = ("the fox [MASK] a dog", SENTENCES[1])
+        status, _, errors = interpret("map", *pair, "--output", "pair.html", kind=kind)
+        assert status == 0, errors
+        page = (tmp_path / "pair.html").read_text(encoding="utf-8")
+        model, tokenizer = load(folders, kind)
+        inputs = tokenizer(*pair, return_tensors="pt")
+        tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+        if kind == "ForQuestionAnswering":
+            first = inputs["input_ids"][0].tolist().index(tokenizer.sep_token_id) + 1  # of the second text
+            place = first + int(model(**inputs).start_logits[0, first:-1].argmax())
+            assert f"“{tokens[place]}” ({place}) as the start of the answer" in page
+        else:
+            place = tokens.index("[MASK]")
+            (best,) = tokenizer.convert_ids_to_tokens([int(model(**inputs).prediction_logits[0, place].argmax())])
+            assert f"“{best}” as [MASK] ({place})" in page
+
     @pytest.mark.parametrize("harm", ["cut short", "another size", "missing"])
     def test_a_model_that_cannot_be_loaded(self, folders, interpret, harm):
         folder = folders / "Damaged"

@@ -179,6 +179,12 @@ class LoadedModel:
         return isinstance(self.model, modeling_lambdabert.LambdaBertForNextSentencePrediction)
 
     @property
+    def takes_pairs(self) -> bool:
+        """Whether two texts may be one row of the model's task."""
+        is_pretraining = hasattr(self.model, "cls") and hasattr(self.model.cls, "seq_relationship")
+        return self.predicts_classes or self.answers_questions or is_pretraining
+
+    @property
     def predicts_classes(self) -> bool:
         is_regression = self.model.config.problem_type == "regression"
         return isinstance(self.model, CLASSIFIERS) and len(self._classes()) > 1 and not is_regression
@@ -187,7 +193,8 @@ class LoadedModel:
         """Whether a text asks for one prediction."""
         if self.predicts_tokens:
             return len(self.masks(inputs)) == 1
-        return self.predicts_classes and self.tokenizer.mask_token_id is not None
+        asks = 1 in inputs.sequence_ids(0) if self.answers_questions else self.predicts_classes
+        return asks and self.tokenizer.mask_token_id is not None
 
     def explain(
         self,
