@@ -23,7 +23,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-LOCAL_BLOCK = 8  # T, query positions of one dense product; the fastest of 2 to 32 for R = 25
+LOCAL_BLOCK = 8  # T, query positions of one dense product; of 2 to 32 none is faster for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the product with the whole Toeplitz matrix is faster than the FFT
 DIRECT_LENGTH_ON_GPU = 512
 BLOCK_CHANNELS = 2048  # T H K up to which `block_outputs` is used: its matrix of weights grows with the square of H

@@ -6,7 +6,8 @@
 
 The first argument names one of the encoders in `peers.py`, of the same width, depth, feed-forward parameters,
 vocabulary and dropout as the LambdaBERT of the other options. Options, text, examples, order of the data, masks, start
-at token frequencies, checkpoints and report are those of `run_language_modeling.py`, masked language modelling alone.
+at token frequencies, checkpoints and report are those of `run_language_modeling.py`, masked language modelling alone;
+`modernbert --help` lists them.
 """
 
 import sys
@@ -47,6 +48,9 @@ class PeerPretraining(Pretraining):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
     if name not in PEERS:
         return fail(ValueError(f"architecture={name!r}; the first argument is one of {', '.join(PEERS)}."))
     # the class's name tells the runs of one output folder from another's

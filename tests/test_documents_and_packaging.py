@@ -73,6 +73,13 @@ def test_readme_names_every_model_class_and_existing_paths():
         assert (ROOT / path).exists(), path
 
 
+def test_lines_of_documents_are_no_longer_than_those_of_code():
+    """Tables, pictures and commands aside, which cannot be broken."""
+    names = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [(name, line) for name in names.split() for line in (ROOT / name).read_text(encoding="utf-8").split("\n")]
+    assert [each for each in lines if len(each[1]) > 120 and not each[1].startswith(("|", "![", "    "))] == []
+
+
 def test_setup_script_refuses_unknown_arguments_and_names_them():
     done = subprocess.run([ROOT / "setup.sh", "everything"], capture_output=True, text=True)
     assert done.returncode != 0

@@ -12,8 +12,8 @@ from .predictions import Index, Prediction, gradient
 from .secants import Branches, secants
 
 # how far the reference goes from each word to [MASK]. Less ranks tokens as leave-one-out does (Spearman 0.78 at 0.3,
-# 0.75 at 0.5, 0.65 at 1 on checkpoints/wikipedia-small; 0.69, 0.68, 0.58 on wikipedia-repetitions; 100 sentences), and
-# more finds the tokens that matter when removed together.
+# 0.75 at 0.5, 0.65 at 1 on checkpoints/wikipedia-small; 0.69, 0.68, 0.58 on wikipedia-repetitions; a trial of 100
+# sentences), and more finds the tokens that matter when removed together.
 FADING = 0.5
 STEPS_AT_ONCE = 10  # of integrated gradients, in one batch
 
