@@ -111,7 +111,7 @@ class LambdaBertConfig(BertConfig):
         here, folder = Path(__file__).parent, Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         named = {str(reference).partition(".")[0] for reference in self.auto_map.values()}
-        for file in (here / f"{module}.py" for module in named):  # others are a subclass's, or on the hub
+        for file in (_code_file(here, module) for module in named):  # others are a subclass's, or on the hub
             for source in (file, *map(Path, get_relative_import_files(file))) if file.is_file() else ():
                 target = folder / source.name
                 if not (target.exists() and target.samefile(source)):
@@ -183,6 +183,15 @@ class LambdaBertConfig(BertConfig):
         for field in ("is_decoder", "add_cross_attention"):
             if getattr(self, field):
                 raise ValueError(f"{field}=True: LambdaBERT is an encoder that sees both directions; set it to False.")
+
+
+def _code_file(here: Path, module: str) -> Path:
+    """Where a module's code is: beside this file, or, as transformers keeps the code of saved models, in another folder
+    for each class that was loaded from there."""
+    file = here / f"{module}.py"
+    if file.is_file() or not __name__.startswith("transformers_modules."):
+        return file
+    return max(here.parent.glob(f"*/{module}.py"), key=lambda found: found.stat().st_mtime, default=file)
 
 
 LambdaBertConfig.register_for_auto_class()

@@ -17,6 +17,7 @@ from lambdabert.command_line import DataclassParser, error_line
 
 READERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPLITS = ("train", "validation", "test")
+WITHOUT_EFFECT = ("do_predict", "eval_steps", "eval_on_start", "metric_for_best_model", "label_names")
 
 Metrics = dict[str, float]
 
@@ -53,7 +54,8 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     """Reads flags into one instance of each dataclass.
 
     Raises:
-        ValueError: options contradict each other, there is no such model, or the output folder holds something.
+        ValueError: options contradict each other or have no effect, there is no such model, or the output folder holds
+            something.
     """
     options, training = DataclassParser(dataclass_types=groups).parse_args_into_dataclasses(argv)
     if (options.dataset_name is None) == (options.train_file is None):
@@ -63,6 +65,14 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     for name, value in (("eval_do_concat_batches", False), ("prediction_loss_only", True)):
         if type(training) is Training and getattr(training, name) is value:  # sentence vectors need no predictions
             raise ValueError(f"{name}={value}: the results are computed from all predictions; leave it out.")
+    if type(training) is Training and not training.remove_unused_columns:
+        raise ValueError("remove_unused_columns=False: examples keep columns that no model takes; leave it out.")
+    for name in WITHOUT_EFFECT:
+        if getattr(training, name) not in (None, False):
+            raise ValueError(
+                f"{name}={getattr(training, name)}: the result is evaluated once, at the end, on all files but that "
+                "which trains; leave it out."
+            )
     if training.resume_from_checkpoint is not None:
         raise ValueError(
             f"resume_from_checkpoint={training.resume_from_checkpoint} has no effect: the result is trained from the "
@@ -103,10 +113,12 @@ def read_table(file: str) -> Dataset:
     try:
         if reader == "csv":  # everything as it stands there: "NA" is a text, and "01" and "1" are two labels
             with open(file, encoding="utf-8-sig", newline="") as lines:
-                names = next(csv.reader(lines), [])
+                names = [name or f"Unnamed: {i}" for i, name in enumerate(next(csv.reader(lines), []))]
             given = {"keep_default_na": False, "features": Features({name: Value("string") for name in names})}
         return load_dataset(reader, data_files=file, split="train", **given)
     except Exception as error:  # a broken file raises whatever its reader stumbles over
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{file} has no rows.") from error
         raise ValueError(f"{file} cannot be read as {reader.upper()} ({error.__cause__ or error}).") from error
 
 
@@ -146,7 +158,8 @@ def check_texts(splits: DatasetDict, columns: dict[str, str]) -> None:
     """Raises ValueError if one of `columns`, which map an option to the column it names, holds something else."""
     for split, rows in splits.items():
         for option, column in columns.items():
-            kind = rows.features[column].dtype
+            feature = rows.features[column]
+            kind = getattr(feature, "dtype", type(feature).__name__)  # lists and objects have none
             if kind not in ("string", "large_string"):
                 raise ValueError(
                     f"{option}={column} of the {split} data holds values of type {kind}, not texts; name another."
@@ -176,6 +189,7 @@ def evaluated(splits: DatasetDict) -> list[str]:
 def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable[[str], Metrics]) -> Metrics:
     """Trains, saves the model, and prints and writes what `evaluate` finds on each of the other splits."""
     trainer.train()
+    trainer.args.dataloader_drop_last = False  # of training alone: results are of all rows
     trainer.save_model()
     found = {}
     for split in evaluated(splits):

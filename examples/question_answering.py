@@ -50,7 +50,7 @@ def read_questions(options: AnswerOptions) -> DatasetDict:
                     f"answers={answers!r} of the {split} data: it takes {{'text': [...], 'answer_start': [...]}}, as "
                     "SQuAD has."
                 )
-            if not answers["text"] or not answers["text"][0]:
+            if not answers["text"] or not str(answers["text"][0]).strip():
                 raise ValueError(f"The {split} data has a question without an answer, about {context[:50]!r}.")
             texts, starts = answers["text"], answers["answer_start"]
             are_lists = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
@@ -98,8 +98,9 @@ def encode(rows: dict, tokenizer: PreTrainedTokenizerBase, options: AnswerOption
 
 def answer_tokens(offsets: list[tuple[int, int]], answers: dict) -> tuple[int, int]:
     """First and last token of the first answer; (0, 0), which is [CLS], if it does not lie within these tokens."""
-    start = answers["answer_start"][0]
-    end = start + len(answers["text"][0])
+    text = answers["text"][0]
+    start = answers["answer_start"][0] + len(text) - len(text.lstrip())  # no token holds the blanks around an answer
+    end = start + len(text.strip())
     first = [i for i, (begin, stop) in enumerate(offsets) if begin <= start < stop]
     last = [i for i, (begin, stop) in enumerate(offsets) if begin < end <= stop]
     return (first[0], last[0]) if first and last else (0, 0)
@@ -124,7 +125,7 @@ def best_span(starts: np.ndarray, ends: np.ndarray, offsets: np.ndarray) -> tupl
 def find_answers(rows: Dataset, stretches: Dataset, starts: np.ndarray, ends: np.ndarray) -> list[str]:
     """The best answer to each question, over the stretches of its context; logits are [stretches, N]."""
     best = [(-np.inf, 0, 0)] * len(rows)
-    for row, offsets, start, end in zip(stretches["row"], stretches["offsets"], starts, ends):
+    for row, offsets, start, end in zip(stretches["row"], stretches["offsets"], starts, ends, strict=True):
         tokens = len(offsets)
         best[row] = max(best[row], best_span(start[:tokens], end[:tokens], np.array(offsets)))
     return [context[start:end] for context, (_, start, end) in zip(rows["context"], best)]

@@ -24,7 +24,9 @@ class TextOptions(Options):
 
 
 def read_texts(options: TextOptions) -> DatasetDict:
-    """The splits. Raises ValueError if the column does not hold text."""
+    """The splits. Raises ValueError if the column does not hold text, or is that of the labels too."""
+    if options.text_column == options.label_column:
+        raise ValueError(f"text_column and label_column are both {options.text_column}; name two columns.")
     splits = read_splits(options, {"text_column": options.text_column, "label_column": options.label_column})
     check_texts(splits, {"text_column": options.text_column})
     return splits

@@ -11,6 +11,7 @@ sentence. JSON files and data sets of the hub have a list of words and one of ta
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
@@ -40,16 +41,19 @@ def read_tagged(file: str, options: TagOptions) -> Dataset:
     """Reads the sentences of a CoNLL file, or a table. Raises ValueError."""
     if not file.lower().endswith(CONLL):
         return read_table(file)
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 ({error}).") from error
     sentences: list[list[list[str]]] = [[]]
-    with open(file, encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-            columns = line.split()
-            if not columns:
-                sentences.append([])
-            elif len(columns) == 1:
-                raise ValueError(f"{file}, line {number}: {columns[0]!r} has no tag behind it.")
-            elif columns[0] != "-DOCSTART-":
-                sentences[-1].append(columns)
+    for number, line in enumerate(text.split("\n"), start=1):
+        columns = line.split()
+        if not columns:
+            sentences.append([])
+        elif len(columns) == 1:
+            raise ValueError(f"{file}, line {number}: {columns[0]!r} has no tag behind it.")
+        elif columns[0] != "-DOCSTART-":
+            sentences[-1].append(columns)
     words = [[columns[0] for columns in sentence] for sentence in sentences if sentence]
     tags = [[columns[-1] for columns in sentence] for sentence in sentences if sentence]
     return Dataset.from_dict({options.words_column: words, options.tags_column: tags})
@@ -167,7 +171,7 @@ def main(argv: list[str] | None = None) -> Metrics:
         correct = splits[split][options.tags_column]
         predicted = [["O"] * len(tags) for tags in correct]  # of words without tokens, as when cut off, too
         for tags, words, row, labels in zip(
-            predicted, encoded[split]["tagged"], output.predictions.argmax(-1), output.label_ids
+            predicted, encoded[split]["tagged"], output.predictions.argmax(-1), output.label_ids, strict=True
         ):
             for word, number in zip(words, row[labels != IGNORED_LABEL], strict=True):
                 tags[word] = names[number]

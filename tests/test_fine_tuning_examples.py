@@ -64,6 +64,16 @@ def test_text_classification(model, texts, tmp_path):
     assert np.mean(right) == pytest.approx(found["test_accuracy"])
 
 
+def test_results_are_of_all_rows_whatever_training_drops(model, texts, tmp_path):
+    flags = [f"--model={model}", *texts, "--max_steps=4", "--per_device_eval_batch_size=16"]
+    found = [
+        text_classification.main([*flags, f"--output_dir={tmp_path / name}", f"--dataloader_drop_last={name}"])
+        for name in ("False", "True")
+    ]
+    assert found[0]["test_accuracy"] == found[1]["test_accuracy"] != 0
+    assert found[0]["test_macro_f1"] == found[1]["test_macro_f1"]
+
+
 def test_text_classification_takes_a_data_set_with_named_classes(model, tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["person", "animal"])})
     (tmp_path / "data").mkdir()
@@ -214,6 +224,13 @@ def test_stretches_hold_every_answer_and_give_it_back(model, length, stride):
     assert answers == [answer["text"][0] for answer in rows["answers"]]
 
 
+def test_blanks_around_an_answer_are_not_part_of_it():
+    offsets = [(-1, -1), (0, 3), (4, 8), (9, 12)]  # [CLS], and "the year ago"
+    for answer, start in (("year", 4), (" year", 3), ("year ", 4), (" year ", 3)):
+        answers = {"text": [answer], "answer_start": [start]}
+        assert question_answering.answer_tokens(offsets, answers) == (2, 2)
+
+
 def test_best_span_lies_in_the_context_and_is_in_order():
     offsets = np.array([[-1, -1], [-1, -1], [0, 3], [4, 8], [9, 12], [-1, -1]])
     starts, ends = np.array([9.0, 8, 1, 2, 3, 0]), np.array([9.0, 8, 5, 1, 0, 0])
@@ -277,6 +294,13 @@ def test_sentence_embeddings(model, tmp_path):
         (["--output_dir=."], "output_dir=. holds something already"),
         (["--resume_from_checkpoint=there"], "resume_from_checkpoint=there has no effect"),
         (["--eval_strategy=epoch"], "eval_strategy=epoch: the result is evaluated at the end"),
+        (["--eval_steps=5"], r"eval_steps=5(\.0)?: the result is evaluated once"),
+        (["--eval_on_start"], "eval_on_start=True: the result is evaluated once"),
+        (["--do_predict"], "do_predict=True: the result is evaluated once"),
+        (["--metric_for_best_model=f1"], "metric_for_best_model=f1: the result is evaluated once"),
+        (["--label_names=kind"], r"label_names=\['kind'\]: the result is evaluated once"),
+        (["--remove_unused_columns=False"], "remove_unused_columns=False: examples keep columns"),
+        (["--label_column=sentence"], "text_column and label_column are both sentence; name two"),
         (["--learning_rate=fast"], "learning.rate: invalid float value: 'fast'"),
         (["--model=nowhere/at-all"], "model=nowhere/at-all is not the folder or hub name of a model"),
     ],
@@ -305,6 +329,7 @@ def test_questions_without_their_answer_are_refused(model, tmp_path):
     for answers, message in (
         ({"text": [], "answer_start": []}, "has a question without an answer"),
         ({"text": [""], "answer_start": [0]}, "has a question without an answer"),
+        ({"text": [" "], "answer_start": [3]}, "has a question without an answer"),
         ({"text": ["a red boat"], "answer_start": [1]}, "answer_start=1 is not where 'a red boat' stands"),
     ):
         file = write_lines(tmp_path / "train.jsonl", [rows[0], rows[1] | {"answers": answers}])
@@ -482,6 +507,31 @@ def test_a_table_is_read_as_it_stands(tmp_path):
     splits = text_classification.with_class_labels(DatasetDict(train=table, test=table.select([7])), "label")
     assert splits["train"].features["label"].names == ["01", "1", "02", "10", "1e3", "NA", "true"]
     assert splits["test"]["label"] == [4]
+
+
+def test_a_column_of_row_numbers_without_a_name_is_left_out(model, texts, tmp_path):
+    """As pandas writes it."""
+    rows = [(i, *row) for i, row in enumerate(labelled(24, 1))]
+    write_csv(tmp_path / "test.csv", ["", "sentence", "kind"], rows)
+    flags = [f"--model={model}", *texts, f"--output_dir={tmp_path / 'result'}", "--max_steps=1"]
+    assert 0 <= text_classification.main(flags)["test_accuracy"] <= 1
+
+
+def test_files_without_rows_and_of_another_encoding_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"bare\.csv has no rows"):
+        read_table(write_csv(tmp_path / "bare.csv", ["text", "label"], []))
+    (tmp_path / "latin.conll").write_bytes("café B-place\n".encode("latin-1"))
+    options = token_classification.TagOptions(train_file="a", validation_file="b")
+    with pytest.raises(ValueError, match=r"latin\.conll cannot be read as UTF-8"):
+        token_classification.read_tagged(str(tmp_path / "latin.conll"), options)
+
+
+@pytest.mark.parametrize("value,kind", [(["the fox"], "List"), ({"en": "the fox"}, "dict")])
+def test_a_column_that_holds_no_texts_is_told(value, kind, model, tmp_path):
+    file = write_lines(tmp_path / "nested.jsonl", [{"text": value, "label": label} for label in ("a", "b")])
+    flags = [f"--model={model}", f"--train_file={file}", f"--test_file={file}", f"--output_dir={tmp_path / 'result'}"]
+    with pytest.raises(ValueError, match=f"text_column=text of the train data holds values of type {kind}, not texts"):
+        text_classification.main([*flags, "--max_seq_length=32", *QUICK])
 
 
 def test_a_model_of_another_problem_becomes_a_classifier(model, texts, tmp_path):

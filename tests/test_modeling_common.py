@@ -551,6 +551,9 @@ class TestRemoteCode:
             "if sys.argv[1] != 'config':\n"
             "    model = auto.from_pretrained('saved', trust_remote_code=True)\n"
             "torch.save(model.eval()(**torch.load('inputs.pt')).logits, 'logits.pt')\n"
+            "config.save_pretrained('again')\n"
+            "again = transformers.AutoConfig.from_pretrained('again', trust_remote_code=True)\n"
+            "auto.from_config(again, trust_remote_code=True)\n"
         )
         result = run_elsewhere(code, saved, folder=tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
