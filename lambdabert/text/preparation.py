@@ -141,7 +141,7 @@ def _stream_examples(
 ) -> tuple[IterableDataset, PreparationSummary]:
     tokenize = DocumentTokenizer(tokenizer, recipe)
     build = ExampleBuilder(tokenizer, recipe, seed, recipe.copies(training))
-    summary = _look_into_stream(documents, tokenize, build)
+    summary = _look_into_stream(documents, tokenize, build, training)
     stream = documents.map(
         StreamedExamples(tokenize, build),
         batched=True,
@@ -267,7 +267,7 @@ def _tokenizer_threads(*, allowed: bool) -> Iterator[None]:
 
 
 def _look_into_stream(
-    documents: IterableDataset, tokenize: DocumentTokenizer, build: ExampleBuilder
+    documents: IterableDataset, tokenize: DocumentTokenizer, build: ExampleBuilder, training: bool
 ) -> PreparationSummary:
     texts: list[str | None] = list(DocumentTexts(documents, limit=STREAMED_DOCUMENTS_AT_A_TIME))
     tokenized = tokenize({"text": texts})
@@ -276,7 +276,7 @@ def _look_into_stream(
     )
     usable = int(np.count_nonzero(lengths))
     if build.objective == NSP and usable < 2:
-        raise ValueError(_single_document_message(usable, training=True))
+        raise ValueError(_single_document_message(usable, training))
     examples = build(tokenized)
     if len(examples) == 0:
         raise _no_example(lengths, build.objective)

@@ -227,22 +227,37 @@ class TestMistakes:
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
         assert "was saved as a MyClassifier, which is not of this library" in said
 
-    def test_a_sentence_encoder_that_lacks_weights(self, sentence_student, tmp_path, capsys):
-        folder = tmp_path / "sentences"
-        shutil.copytree(sentence_student[0], folder)
-        file = folder / "model.safetensors"
+    @pytest.fixture
+    def sentences(self, sentence_student, tmp_path):
+        return Path(shutil.copytree(sentence_student[0], tmp_path / "sentences"))
+
+    def test_a_sentence_encoder_that_lacks_weights(self, sentences, tmp_path, capsys):
+        file = sentences / "model.safetensors"
         lost = "encoder.layer.0.attention.self.to_values.weight"
         save_file({name: weight for name, weight in load_file(file).items() if name != lost}, file)
-        said = self.refuses(capsys, tmp_path, folder, "--output", tmp_path / "out")
+        said = self.refuses(capsys, tmp_path, sentences, "--output", tmp_path / "out")
         assert f"has no weights for {lost}, which would be random" in said
 
-    def test_vectors_that_are_cut(self, sentence_student, tmp_path, capsys):
-        folder = tmp_path / "sentences"
-        shutil.copytree(sentence_student[0], folder)
-        file = folder / "config_sentence_transformers.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"truncate_dim": 8}))
-        said = self.refuses(capsys, tmp_path, folder, "--output", tmp_path / "out")
-        assert "cuts its vectors to truncate_dim=8" in said
+    @pytest.mark.parametrize(
+        "changes, named",
+        [
+            ({"config_sentence_transformers.json": {"truncate_dim": 8}}, "cuts its vectors to truncate_dim=8"),
+            (
+                {
+                    "config_sentence_transformers.json": {"prompts": {"query": "the fox: "}},
+                    "*Pooling/config.json": {"include_prompt": False},
+                },
+                "leaves the tokens of its prompts out",
+            ),
+            ({"sentence_bert_config.json": {"do_lower_case": True}}, "puts do_lower_case=true before a cased"),
+        ],
+        ids=["vectors are cut", "prompts are left out", "letters are lowered"],
+    )
+    def test_what_one_program_cannot_follow(self, sentences, tmp_path, capsys, changes, named):
+        for name, fields in changes.items():
+            (file,) = sentences.glob(name)
+            file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+        assert named in self.refuses(capsys, tmp_path, sentences, "--output", tmp_path / "out")
 
     def test_an_output_that_holds_something(self, model, tmp_path, capsys):
         said = self.refuses(capsys, tmp_path, model, "--output", model)
@@ -274,6 +289,32 @@ def test_the_check_sees_what_stands_beside_the_least_number():
         assert checks.largest_deviation(loaded, lambda inputs: {"start_logits": swapped})[1] > 0.5
         with pytest.raises(ValueError, match="not finite"):
             checks.largest_deviation(loaded, lambda inputs: {"start_logits": logits.clamp(min=-1e9)})
+
+
+@pytest.fixture
+def loaded_ones(monkeypatch):
+    """A program whose one output is [1, 1] in every batch."""
+    monkeypatch.setattr(checks, "make_inputs", lambda *args: {})
+    return SimpleNamespace(program=lambda **inputs: {"logits": torch.ones(2)}, limit=None)
+
+
+def test_the_largest_deviation_of_a_batch_counts(loaded_ones):
+    factors = iter([1, 1, 1, 2, 1])
+    found = checks.largest_deviation(loaded_ones, lambda inputs: {"logits": next(factors) * torch.ones(2)})
+    assert found == (("logits",), pytest.approx(1))
+
+
+@pytest.mark.parametrize(
+    "outputs, said",
+    [
+        ({"logits": torch.tensor([1.0, torch.nan])}, "not finite"),
+        ({"scores": torch.ones(2)}, "gives scores in place of logits"),
+    ],
+    ids=["nan", "another name"],
+)
+def test_outputs_that_no_number_compares_are_refused(loaded_ones, outputs, said):
+    with pytest.raises(ValueError, match=said):
+        checks.largest_deviation(loaded_ones, lambda inputs: outputs)
 
 
 def torch_call_with_error(read):

@@ -42,6 +42,10 @@ def test_only_titles_open_a_wikitext_document_and_joiners_go():
     assert second.splitlines() == ["= Second title =", "Another article ."]
 
 
+def test_joiners_of_other_texts_stay():
+    assert list(group_rows(["A 17 @-@ year"], "blank_line")) == ["A 17 @-@ year"]
+
+
 def test_text_before_the_first_title_is_kept():
     assert list(group_rows(["tail of an article", "", "= Title =", "text"], "heading")) == [
         "tail of an article",
@@ -49,14 +53,14 @@ def test_text_before_the_first_title_is_kept():
     ]
 
 
-def wrapped_book(paragraphs=12, gap="\n\n"):
+def wrapped_book(paragraphs=12, gap="\n\n", width=70):
     rng = random.Random(0)
     words = "the old river ran far away from our house and nobody in town remembered why it had".split()
     texts = [
         " ".join(" ".join(rng.choices(words, k=rng.randint(6, 20))).capitalize() + "." for _ in range(8))
         for _ in range(paragraphs)
     ]
-    return texts, gap.join(textwrap.fill(text, 70) for text in texts)
+    return texts, gap.join(textwrap.fill(text, width) for text in texts)
 
 
 def test_hard_wrapped_lines_are_found_and_joined(tmp_path, caplog):
@@ -90,8 +94,9 @@ def test_chapters_are_the_documents_of_a_wrapped_book(tmp_path):
         "\n".join(f"{'a word ' * (number % 17)}of a message" for number in range(100)),
         "\n".join("ACGT" * 15 for _ in range(50)),
         wrapped_book(1)[0][0],
+        wrapped_book(width=150)[1],
     ],
-    ids=["wikitext", "sentences", "messages", "letters", "one line"],
+    ids=["wikitext", "sentences", "messages", "letters", "one line", "wide lines"],
 )
 def test_other_lines_do_not_count_as_wrapped(text):
     assert wrapped_share(text.splitlines()) < 0.3

@@ -112,10 +112,10 @@ def test_documents_are_cut_into_full_stretches_without_a_sentence_task(tmp_path,
 
 def test_more_copies_without_a_sentence_task_are_cut_elsewhere(tmp_path, tokenizer):
     documents = NumberedDocuments([[4] * 50])
-    examples, _ = prepare(tmp_path, documents, tokenizer, objective="mlm", dupe_factor=2)
+    examples, _ = prepare(tmp_path, documents, tokenizer, objective="mlm", dupe_factor=6)
     once, _ = prepare(tmp_path, documents, tokenizer, objective="mlm")
     tokens = [token for ids in examples["input_ids"] for token in ids[1:-1]]
-    assert sorted(tokens) == sorted(list(documents.tokens()) * 2)
+    assert sorted(tokens) == sorted(list(documents.tokens()) * 6)
     assert examples["input_ids"][: len(once)] == once["input_ids"][:]
     assert len({tuple(ids) for ids in examples["input_ids"]}) == len(examples)
 

@@ -1,5 +1,6 @@
 """Preparation: what is counted, kept, found again and streamed."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from lambdabert.text import examples, preparation
 from lambdabert.text.arguments import DataArguments
+from lambdabert.text.objectives import MLM, SENTENCES
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
 from text_support import (
@@ -36,14 +38,15 @@ def test_pairs_depend_on_the_seed_but_not_on_workers_or_batches(tmp_path, tokeni
 
 
 def test_summary_counts_what_is_there(tmp_path, tokenizer):
-    documents = NumberedDocuments([[3, 4], [2, 2, 2], [1]])
+    documents = NumberedDocuments([[3, 4], [2, 2, 2], [4], [1]])
     path = documents.write(tmp_path)
     with open(path, "a") as file:
         file.write('{"text": null}\n{"title": "no text"}\n')
     arguments = data_arguments(tmp_path, train_file=path, objective="sop")
     loaded = load_corpus(arguments, evaluate=False)["train"]
     examples, summary = prepare_examples(loaded, tokenizer, arguments.example_recipe(), seed=1, training=True)
-    assert (summary.documents, summary.skipped_rows, summary.short_documents, summary.sentences) == (3, 2, 1, 6)
+    assert (summary.documents, summary.skipped_rows, summary.short_documents, summary.sentences) == (4, 2, 1, 7)
+    assert summary.single_sentence_share == pytest.approx(1 / 3)
     assert summary.examples == len(examples)
     assert summary.tokens == sum(map(len, examples["input_ids"]))
     assert summary.cache_directory.startswith(str(tmp_path))
@@ -52,7 +55,7 @@ def test_summary_counts_what_is_there(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_unknown_tokens_are_counted_and_warned_of(tmp_path, tokenizer, caplog, streaming):
+def test_unknown_tokens_are_counted_and_warned_of(tmp_path, tokenizer, caplog, monkeypatch, streaming):
     def summary(words):
         caplog.clear()
         path = tmp_path / "corpus.txt"
@@ -69,6 +72,8 @@ def test_unknown_tokens_are_counted_and_warned_of(tmp_path, tokenizer, caplog, s
     assert "33.3% of the text's tokens are unknown" in warnings_in(caplog)[-1]
     with pytest.raises(ValueError, match="training text is unknown to the tokenizer, so there is nothing to predict"):
         summary("strange words only")
+    monkeypatch.setattr(preparation, "DOCUMENTS_AT_A_TIME", 1)
+    assert summary("t7 strange\n\nt8 t9\n\nt10 t11").unknown_share == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -96,8 +101,9 @@ def test_limits_on_examples(tmp_path, tokenizer):
         assert summary.tokens == sum(map(len, examples["input_ids"]))
 
 
-def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tokenizer, monkeypatch):
-    documents = random_documents()
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the stages that ran, as often as they did."""
     calls = []
     for stage in (examples.DocumentTokenizer, examples.ExampleBuilder):
         original = stage.__call__
@@ -107,6 +113,11 @@ def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tok
             return original(self, *args)
 
         monkeypatch.setattr(stage, "__call__", counted)
+    return calls
+
+
+def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tokenizer, calls, monkeypatch):
+    documents = random_documents()
 
     def stages_run(tokenizer=tokenizer, **fields):
         calls.clear()
@@ -127,6 +138,18 @@ def test_prepared_examples_are_found_again_until_something_changes(tmp_path, tok
     assert stages_run(tokenizer=other) == everything
     documents.documents[0].append([NUMBER_OF_TOKENS - 1])
     assert stages_run() == everything
+    monkeypatch.setattr(preparation.importlib.metadata, "version", lambda package: "0")
+    assert stages_run() == everything, "another sentencex finds other sentences"
+
+
+def test_sentences_alone_are_tokenized_anew(tmp_path, tokenizer, calls):
+    arguments = data_arguments(tmp_path, train_file=NumberedDocuments([[3, 4], [5, 6]]).write(tmp_path))
+    documents = load_corpus(arguments, evaluate=False)["train"]
+    for objective in (MLM, SENTENCES):
+        calls.clear()
+        recipe = dataclasses.replace(arguments.example_recipe(), objective=objective)
+        prepare_examples(documents, tokenizer, recipe, seed=1, training=True)
+        assert "DocumentTokenizer" in calls
 
 
 @pytest.mark.parametrize("objective", ["nsp", "sop", "mlm"])
@@ -161,17 +184,22 @@ def test_a_stream_is_shuffled_by_seed_and_epoch_and_can_be_resumed(tmp_path, tok
     assert taken + list(restarted) == whole
 
 
-def test_a_stream_can_be_limited(tmp_path, tokenizer):
-    documents = random_documents()
-    stream, _ = prepare(tmp_path, documents, tokenizer, objective="sop", streaming=True, max_train_samples=9)
-    assert len(list(stream)) == 9
+def test_a_limited_stream_gives_its_first_examples_in_every_epoch(tmp_path, tokenizer):
+    fields = {"objective": "sop", "streaming": True}
+    stream, _ = prepare(tmp_path, random_documents(), tokenizer, max_train_samples=9, **fields)
+    in_order, _ = prepare(tmp_path, random_documents(), tokenizer, training=False, **fields)
+    first = sorted(map(str, in_order.take(9)))
+    for epoch in range(2):
+        stream.set_epoch(epoch)
+        assert sorted(map(str, stream)) == first
 
 
+@pytest.mark.parametrize("training, name", [(True, "training"), (False, "validation")])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_nsp_needs_a_second_document(tmp_path, tokenizer, streaming):
+def test_nsp_needs_a_second_document(tmp_path, tokenizer, streaming, training, name):
     documents = NumberedDocuments([[3, 4, 5, 6]])
-    with pytest.raises(ValueError, match="'nsp'.*another document.* training text.*document_boundary.*--sop"):
-        prepare(tmp_path, documents, tokenizer, objective="nsp", streaming=streaming)
+    with pytest.raises(ValueError, match=f"'nsp'.*another document.* the {name} text.*document_boundary.*--sop"):
+        prepare(tmp_path, documents, tokenizer, objective="nsp", streaming=streaming, training=training)
     examples, _ = prepare(tmp_path, documents, tokenizer, objective="sop", streaming=streaming)
     assert list(examples)
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lambdabert.text.sentence_pairs import draw_pairs, sentence_bounds, split_sentences
+from lambdabert.text.sentence_pairs import draw_pairs, draw_random_segment, sentence_bounds, split_sentences
 
 
 @pytest.mark.parametrize("sentence_lengths", [[1, 2], [5, 5, 5], [100], [9, 1, 9, 1, 9], [3] * 50])
@@ -24,6 +24,46 @@ def test_drawn_pairs_end_and_cover_the_document(sentence_lengths):
             replaced = replace_second and not pair.positive
             covered |= set(range(pair.start, pair.middle if replaced else pair.stop))
         assert covered == set(range(sum(sentence_lengths)))
+
+
+class TestDrawnLengths:
+    """Of segments that aim at 20 tokens, or at a random number up to 20 if they are short."""
+
+    def pairs(self, sentence_lengths, *, short, replace_second):
+        bounds = sentence_bounds(sentence_lengths, 10)
+        return [
+            pair
+            for seed in range(50)
+            for pair in draw_pairs(bounds, 20, float(short), random.Random(seed), replace_second=replace_second)
+        ]
+
+    def test_a_short_pair_has_any_length(self):
+        pairs = self.pairs([1] * 60, short=True, replace_second=False)
+        assert {pair.stop - pair.start for pair in pairs if pair.stop < 60} == set(range(2, 21))
+
+    def test_the_first_segment_has_any_number_of_sentences(self):
+        pairs = self.pairs([1] * 20, short=False, replace_second=False)
+        assert len({pair.middle - pair.start for pair in pairs}) > 10
+
+    def test_a_random_second_segment_has_the_room_of_a_true_one(self):
+        pairs = self.pairs([3] * 50, short=False, replace_second=True)
+        assert all(pair.room == 20 - (pair.middle - pair.start) for pair in pairs)
+        pairs = self.pairs([1] * 60, short=True, replace_second=True)
+        assert np.mean([pair.middle - pair.start + pair.room for pair in pairs]) < 0.75 * 20
+
+
+@pytest.mark.parametrize(
+    "sentence_lengths, room, segments",
+    [
+        ([2] * 9, 2, {(start, start + 2) for start in range(0, 18, 2)}),
+        ([2, 2, 2, 4], 4, {(0, 4), (2, 6), (4, 6), (6, 10)}),
+        ([9], 4, {(0, 4)}),
+    ],
+    ids=["one sentence", "as many as fit", "none fits"],
+)
+def test_a_random_segment_starts_at_any_sentence_and_takes_all_that_fit(sentence_lengths, room, segments):
+    drawn = [draw_random_segment(np.array(sentence_lengths), room, random.Random(seed)) for seed in range(99)]
+    assert {(segment.start, segment.stop) for segment in drawn} == segments
 
 
 def stripped(text):

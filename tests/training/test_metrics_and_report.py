@@ -8,11 +8,16 @@ from datasets import Dataset
 from transformers import Trainer, TrainerState
 
 import run_language_modeling
+from configuration_lambdabert import LambdaBertConfig
 from lambdabert.text.arguments import DataArguments
+from lambdabert.text.masks import masking_collator
+from lambdabert.training.arguments import RunArguments
 from lambdabert.training.checkpoints import CheckpointError
 from lambdabert.training.metrics import example_sums, pretraining_metrics
 from lambdabert.training.report import describe_data, plot_curves, unigram_baseline
-from lambdabert.training.trainer import InterruptibleTrainer
+from lambdabert.training.trainer import InterruptibleTrainer, PretrainingTrainer
+from modeling_lambdabert import LambdaBertForMaskedLM
+from training_support import RECIPE
 
 
 def test_evaluation_keeps_sums_instead_of_logits():
@@ -36,6 +41,38 @@ def test_the_mean_of_no_masked_token_is_none():
     metrics = pretraining_metrics(type("Prediction", (), {"predictions": sums.numpy()}))
     assert all(math.isnan(metrics[name]) for name in ("loss", "mlm_loss", "perplexity", "mlm_accuracy"))
     assert (metrics["masked_tokens"], metrics["tokens"]) == (0, 6)
+
+
+@pytest.fixture
+def trainer(text, tmp_path):
+    """With five examples to evaluate in batches of four, and training that drops what does not fill a batch."""
+    tokenizer = run_language_modeling.load_tokenizer(text / "tokenizer")
+    config = LambdaBertConfig(vocab_size=len(tokenizer), **RECIPE["config_overrides"])
+    data_args = DataArguments(corpus="python-docs")
+    train, evaluate = (masking_collator(tokenizer, data_args, seed=0, training=training) for training in (True, False))
+    return PretrainingTrainer(
+        model=LambdaBertForMaskedLM(config),
+        args=RunArguments(
+            output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=4, dataloader_drop_last=True
+        ),
+        train_dataset=None,
+        eval_dataset=Dataset.from_dict({"input_ids": [[tokenizer.cls_token_id, 50, 60, tokenizer.sep_token_id]] * 5}),
+        processing_class=tokenizer,
+        data_collator=train,
+        eval_collator=evaluate,
+    )
+
+
+def test_each_logged_loss_is_of_the_steps_since_the_last(trainer):
+    for sums in ([6.0, 2.0], [4.0, 4.0]):
+        trainer.mlm_sums += torch.tensor(sums)
+        trainer.log({"loss": 1.0})
+    assert [record["mlm_loss"] for record in trainer.state.log_history] == [3, 1]
+
+
+def test_evaluation_drops_no_example(trainer):
+    assert [len(batch["input_ids"]) for batch in trainer.get_eval_dataloader()] == [4, 1]
+    assert trainer.args.dataloader_drop_last, "training goes on to drop some"
 
 
 def test_unigram_baseline(text):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from configuration_lambdabert import LambdaBertConfig
 from lambdabert.text.objectives import MLM, NSP, SOP
-from lambdabert.training.models import make_config, make_model, peak_learning_rate
+from lambdabert.training.models import make_config, make_model, non_finite_weights, peak_learning_rate
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingSOP
 from training_support import RECIPE
 
@@ -53,6 +53,13 @@ class TestNewModel:
         assert peak_learning_rate(16, 192, 4096) == pytest.approx(2e-3)
         assert peak_learning_rate(4, 768, 4096) == pytest.approx(1e-3)
         assert peak_learning_rate(4, 192, 1024) == pytest.approx(2e-3)
+        assert peak_learning_rate(12, 768, 4096) == 5.77e-4
+
+
+def test_running_statistics_that_are_not_finite_are_named():
+    model = LambdaBertForMaskedLM(LambdaBertConfig(vocab_size=60, lambda_norm="batch", **RECIPE["config_overrides"]))
+    model.bert.encoder.layer[1].attention.self.value_norm.running_var[0] = math.nan
+    assert non_finite_weights(model) == ["bert.encoder.layer.1.attention.self.value_norm.running_var"]
 
 
 class TestStoredModel:

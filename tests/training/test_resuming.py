@@ -226,26 +226,36 @@ def spoil_weights(file, change):
             folder / "optimizer.pt", lambda values: values["state"][3]["exp_avg"].fill_(math.nan)
         ),
         lambda folder: spoil_tensors(
+            folder / "optimizer.pt", lambda values: values["state"][3].update(exp_avg=torch.zeros(7))
+        ),
+        lambda folder: spoil_tensors(folder / "optimizer.pt", lambda values: values["state"][3].update(more=1.0)),
+        lambda folder: spoil_tensors(
             folder / "optimizer.pt", lambda values: values["param_groups"][0].update(lr=1, eps=1)
         ),
         lambda folder: spoil_tensors(folder / "scheduler.pt", lambda values: values.update(base_lrs=[1.0, 1.0])),
         lambda folder: spoil_tensors(folder / "scheduler.pt", lambda values: values.update(last_epoch="8")),
+        lambda folder: spoil_tensors(folder / "scheduler.pt", lambda values: values.update(last_epoch=9)),
         lambda folder: torch.save({}, folder / "rng_state.pth"),
         lambda folder: spoil_weights(folder / "model.safetensors", lambda weights: weights.popitem()),
         lambda folder: spoil_weights(folder / "model.safetensors", lambda weights: weights.update(more=torch.ones(2))),
         lambda folder: spoil_json(folder / "config.json", hidden_size=64),
         lambda folder: without(folder / "config.json", "classifier_pooling"),  # saved before the field was there
         lambda folder: spoil_json(folder / "trainer_state.json", global_step="8"),
+        lambda folder: spoil_json(folder / "trainer_state.json", global_step=4),
+        lambda folder: spoil_json(folder / "trainer_state.json", max_steps=-1),
+        lambda folder: spoil_json(folder / "trainer_state.json", epoch=math.nan),
         lambda folder: spoil_json(folder / "trainer_state.json", train_batch_size=None),
         lambda folder: spoil_json(folder / "trainer_state.json", log_history=[{"step": "8"}]),
         lambda folder: spoil_json(folder / "trainer_state.json", another=1),
     ],
     ids=[
         *("optimizer with code", "random state with code", "optimizer lacks a weight", "optimizer is empty"),
-        *("optimizer holds nan", "optimizer of other settings", "scheduler of another rate", "scheduler of wrong type"),
+        *("optimizer holds nan", "optimizer of another shape", "optimizer keeps more for a weight"),
+        *("optimizer of other settings", "scheduler of another rate", "scheduler of wrong type", "scheduler is ahead"),
         *("random state is empty", "weight missing", "weight unknown", "config contradicts"),
         "config of an earlier default",
-        *("step of wrong type", "batch of wrong type", "history of wrong type", "state unknown"),
+        *("step of wrong type", "step of another checkpoint", "length below 0", "epoch is nan"),
+        *("batch of wrong type", "history of wrong type", "state unknown"),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_refused(text, after_8_of_12_steps, capfd, spoil):
