@@ -74,8 +74,9 @@ class TestCopies:
         bert = tiny_bert(
             BertForSequenceClassification, **fields, id2label=labels, label2id={v: k for k, v in labels.items()}
         )
+        bert.config.output_hidden_states = True  # of a program, not of the model
         config = LambdaBertForSequenceClassification.from_bert(bert, **SETTINGS).config
-        assert {name: getattr(config, name) for name in fields} == fields
+        assert {name: getattr(config, name) for name in fields} == fields and not config.output_hidden_states
         assert config.id2label == labels and config.label2id == bert.config.label2id
         assert (config.vocab_size, config.max_position_embeddings) == (60, 40)
         assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
@@ -173,11 +174,12 @@ class TestStartFromAttention:
         inputs = torch.randn(4000, 24) * bert.embeddings.LayerNorm.weight + bert.embeddings.LayerNorm.bias
         torch.testing.assert_close(layer.to_values(inputs).var(0), torch.ones(12), rtol=0.2, atol=0)
 
-    def test_a_head_that_does_nothing(self):
+    @pytest.mark.parametrize("first", [0, 6])
+    def test_a_head_that_does_nothing(self, first):
         """Of a value projection with rows of zeros, less is handed on than there are values."""
         bert = tiny_bert()
         with torch.no_grad():
-            bert.encoder.layer[0].attention.self.value.weight[6:] = 0
+            bert.encoder.layer[0].attention.self.value.weight[first:] = 0
         model = LambdaBertModel.from_bert(bert, **SETTINGS)
         assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
 

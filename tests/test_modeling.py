@@ -377,6 +377,29 @@ EQUAL_COUNTS = [2] * 8
 UNEQUAL_COUNTS = [3, 1, 0, 0, 4, 2, 1, 4]
 
 
+class TestStart:
+    def test_output_projections_start_smaller_by_the_depth(self, make_config):
+        """As GPT-2's: by the root of two branches a layer."""
+        torch.manual_seed(0)
+        model = LambdaBertModel(make_config(hidden_size=200, num_hidden_layers=8, initializer_range=0.1))
+        for layer in model.encoder.layer:
+            assert layer.attention.output.dense.weight.std().item() == pytest.approx(0.1 / 4, rel=0.02)
+
+
+class TestDropout:
+    @pytest.mark.parametrize("given, used", [(None, 0.3), (0.0, 0.0), (0.2, 0.2)])
+    def test_of_classifiers(self, make_config, given, used):
+        config = make_config(hidden_dropout_prob=0.3, classifier_dropout=given)
+        assert modeling.LambdaBertForSequenceClassification(config).dropout.p == used
+
+    @pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "MultipleChoice"])
+    def test_stands_before_the_head(self, make_config, make_inputs, task):
+        model_class = getattr(modeling, f"LambdaBertFor{task}")
+        config = make_config(classifier_dropout=0.9)
+        model, inputs = build(model_class, config), make_inputs(model_class, config)
+        assert not torch.equal(model.train()(**inputs).logits, model.eval()(**inputs).logits)
+
+
 class TestGradientAccumulation:
     """The stock Trainer's step over 8 examples is the same for 8 x 1, 2 x 4 and one plain backward."""
 
@@ -767,6 +790,18 @@ class TestPacking:
             alone = model(ids[row : row + 1, :length]).last_hidden_state[0]
             torch.testing.assert_close(together[row, :length], alone, rtol=1e-10, atol=1e-10)
 
+    def test_a_hook_on_all_gradients(self, make_config, make_inputs):
+        config = make_config()
+        model, inputs = build(LambdaBertModel, config), make_inputs(LambdaBertModel, config)
+        inputs["attention_mask"][1, 5:] = 0
+        layer, sizes = model.encoder.layer[0], []
+        handle = torch.nn.modules.module.register_module_full_backward_hook(
+            lambda module, given, output: sizes.append(output[0].shape[:2]) if module is layer else None
+        )
+        model(**inputs).last_hidden_state.sum().backward()
+        handle.remove()
+        assert sizes == [inputs["input_ids"].shape]
+
     @pytest.mark.parametrize("way", ["hook on all modules", "forward of one", "module in its place"])
     def test_other_ways_to_watch_a_layer(self, make_config, make_inputs, way):
         config = make_config()
@@ -1085,6 +1120,12 @@ class TestRefusals:
         inputs["attention_mask"][1, 5:] = 0 if padded else 1
         with pytest.raises(ValueError, match=re.escape(f"position_ids is {list(shape)}, but there are [3, 9] tokens")):
             build(LambdaBertModel, config)(**inputs)
+
+    def test_positions_beyond_the_last(self, make_config):
+        model, ids = build(LambdaBertModel, make_config()), torch.full((1, 3), 7)
+        model(ids, position_ids=torch.tensor([[0, 1, 39]]))
+        with pytest.raises(ValueError, match="position_ids go up to 40"):
+            model(ids, position_ids=torch.tensor([[0, 1, 40]]))
 
     @pytest.mark.parametrize(
         "fill, value", [(0.0, -1e9), (0.0, float("-inf")), (1.0, float("nan")), (1.0, 0.5), (1, 2)]

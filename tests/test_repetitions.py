@@ -42,6 +42,10 @@ def hidden(model, ids, mask=None, **keywords):
 
 
 class TestRepetitions:
+    def test_half_precision_is_summed_in_float32(self):
+        given = torch.tensor([[[256.0], [1.0]]], dtype=torch.bfloat16)  # which has no 257
+        assert torch.equal(Repetitions(torch.tensor([[7, 7]]), None).mean_of_others(given), given.flip(1))
+
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("length", [1, 2, 9, 40])
     def test_mean_of_others_is_that_of_a_loop(self, length, masked):

@@ -1,5 +1,6 @@
 """The losses of distillation against their definitions, and the Trainer that adds them up."""
 
+import copy
 import math
 
 import pytest
@@ -13,11 +14,13 @@ from transformers import (
     BertModel,
     BertTokenizer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from distill_from_bert import DistillationDataArguments
 from lambdabert.distillation.batches import SimilarLengths
 from lambdabert.distillation.losses import ITEM_OF_LOSS, count_items, divergence, loss_sums
+from lambdabert.distillation.stages import steps_of_first_stage, two_schedules
 from lambdabert.distillation.teacher import LossWeights, Teacher
 from lambdabert.distillation.trainer import DistillationTrainer
 from lambdabert.text.masks import masking_collator
@@ -425,11 +428,67 @@ class TestSimilarLengths:
     def test_seed_and_epoch_decide_the_order(self):
         lengths = torch.arange(64) % 9
         orders = []
-        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):  # neither is the other
             sampler = SimilarLengths(lengths, 4, seed)
             sampler.set_epoch(epoch)
             orders.append(list(sampler))
-        assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3]
+        assert orders[0] == orders[1]
+        assert orders[0] not in orders[2:] and orders[2] != orders[3]
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"num_labels": 1}, lambda given, wanted: (given - wanted).square().sum(1)),
+        (
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+            lambda given, wanted: torch.distributions.kl_divergence(
+                torch.distributions.Bernoulli(logits=wanted), torch.distributions.Bernoulli(logits=given)
+            ).sum(1),
+        ),
+    ],
+    ids=["regression", "several labels"],
+)
+def test_the_loss_of_classes_is_that_of_the_teachers_problem(fields, expected):
+    bert = tiny_bert(BertForSequenceClassification, **fields).eval()
+    ids = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with torch.no_grad():
+        targets = bert(ids, output_hidden_states=True)
+    outputs = copy.copy(targets)
+    outputs["logits"] = targets.logits + 2  # as likely a choice among all, but not each by itself
+    found = loss_sums(Teacher(bert), outputs, targets, inputs, {"classes"})["classes"]
+    torch.testing.assert_close(found, expected(outputs.logits, targets.logits))
+
+
+class TestStages:
+    def test_a_share_of_steps_is_rounded_up(self):
+        assert [steps_of_first_stage(share, 5) for share in (0, 0.1, 0.5, 3, 9)] == [0, 1, 3, 3, 5]
+
+    def test_a_share_of_warm_up_is_of_each_stage(self, tmp_path):
+        args = TrainingArguments(output_dir=str(tmp_path), max_steps=20, warmup_steps=0.2, use_cpu=True)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        rate = two_schedules(args, optimizer, (5, 15), 4.0).lr_lambdas[0]
+        rates = [rate(step) for step in range(20)]
+        assert rates.index(max(rates[:5])) == 1 and rates[5:].index(max(rates[5:])) == 3
+
+
+def test_data_seed_decides_the_order(make_trainer):
+    bert = tiny_bert()
+    student = LambdaBertModel.from_bert(bert, **SETTINGS)
+    trainer = make_trainer(Teacher(bert), student, LossWeights(layers=1), data_seed=5)
+    assert trainer._get_train_sampler().seed == 5
+
+
+def test_a_loss_counts_for_the_processes_that_average_it(make_trainer, monkeypatch):
+    bert = tiny_bert()
+    student = LambdaBertModel.from_bert(bert, **SETTINGS).eval()
+    trainer = make_trainer(Teacher(bert), student, LossWeights(layers=1))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    items = trainer.items_of_step([batch], torch.device("cpu"))
+    one = trainer.compute_loss(student, batch, num_items_in_batch=items)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
+    torch.testing.assert_close(trainer.compute_loss(student, batch, num_items_in_batch=items), 2 * one)
 
 
 def test_learns(make_trainer):

@@ -259,6 +259,7 @@ class TestRefusals:
             ("LambdaBertModel", 2, 1, "model=LambdaBertModel has no head"),
             ("LambdaBertForMaskedLM", None, 1, "place=None: the model predicts at every token"),
             ("LambdaBertForMaskedLM", 9, 1, "place=9: the rows have 9 places; give one of 0 ... 8"),
+            ("LambdaBertForMaskedLM", -1, 1, "place=-1: the rows have 9 places"),
             ("LambdaBertForMaskedLM", 7, 1, "place=7 is padding"),
             ("LambdaBertForMaskedLM", 2, 60, "token=60: the model tells 60 apart; give one of 0 ... 59"),
             ("LambdaBertForMaskedLM", 2, "dog", "token='dog' is no index"),

@@ -8,7 +8,7 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from lambdabert.interpretation import Example, faithfulness, leave_one_out, masked_examples
-from lambdabert.interpretation.faithfulness import removal, spearman
+from lambdabert.interpretation.faithfulness import METHODS, removal, spearman
 from lambdabert.interpretation.intervals import bootstrap_interval
 
 MASK = 4
@@ -94,6 +94,10 @@ def test_the_truth_is_most_faithful(make_model, make_inputs):
     found = faithfulness(model, examples, MASK, {"truth": truth, "contrary": contrary})
     assert math.isclose(found["truth"]["spearman"], 1) and math.isclose(found["contrary"]["spearman"], -1)
     assert math.isclose(found["contrary"]["below the first"], 2)
+    assert found["contrary"]["below the first, interval"] == pytest.approx((2, 2))
+    falls = [removal(model, each, truth(model, each, MASK)[each.candidates], MASK)[2] for each in examples]
+    assert found["truth"]["removal"]["0.5"]["fall"] == pytest.approx(float(sum(falls)) / 6)
+    assert METHODS["nearness"](model, examples[0], MASK).tolist() == [-abs(n - 2) for n in range(12)]
     for fraction in ("0.1", "0.2", "0.5"):
         assert found["truth"]["removal"][fraction]["fall"] > found["contrary"]["removal"][fraction]["fall"]
     assert list(faithfulness(model, examples, MASK)) == [
@@ -106,6 +110,7 @@ def test_the_truth_is_most_faithful(make_model, make_inputs):
 
 def test_masked_examples(text):
     tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    assert [len(masked_examples(tokenizer, [words])) for words in ("a a a", "a a a a")] == [0, 1]
     sentences = (text / "valid.txt").read_text().split("\n")[:6]
     examples = masked_examples(tokenizer, [*sentences, "a"], max_length=16)
     assert 0 < len(examples) <= len([s for s in sentences if s])

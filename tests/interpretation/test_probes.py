@@ -1,6 +1,7 @@
 """Probes on labels that features hold, do not hold, or cannot hold; features against the traces."""
 
 import builtins
+import dataclasses
 import math
 
 import numpy as np
@@ -12,6 +13,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lambdabert.interpretation import difference, feature_rows, is_encoded, probe, probes, trace_lambdas
+from lambdabert.interpretation.intervals import bootstrap_interval
+from lambdabert.interpretation.tasks import summary
 
 
 @pytest.fixture
@@ -39,6 +42,41 @@ class TestProbe:
         found = probe(features[:, 1:], labels)
         assert abs(found.accuracy - 0.5) < 0.12
         assert found.codelength > 0.9 * found.uniform_codelength
+
+    def test_the_order_of_examples_does_not_matter_to_the_codelength(self, separable):
+        features, labels = separable
+        order = labels.argsort()
+        assert probe(features[order], labels[order]).codelength < 60
+
+    def test_each_draw_is_standardised_by_its_own_train(self, separable, monkeypatch):
+        seen, prepare = [], probes._prepare
+
+        def watched(table, train, *rest):
+            seen.append(frozenset(np.arange(200)[train]))
+            return prepare(table, train, *rest)
+
+        monkeypatch.setattr(probes, "_prepare", watched)
+        probe(*separable)
+        assert len(set(seen)) == 3
+
+    def test_control_labels_are_as_frequent_as_those_of_the_task(self):
+        labels = (np.arange(1000) % 10 == 0).astype(int)
+        assert probe(np.zeros((1000, 1)), labels, groups=np.arange(1000) // 5).control_accuracy > 0.8
+
+    def test_the_control_task_is_tested_on_other_examples(self, monkeypatch):
+        monkeypatch.setattr(probes, "STRENGTHS", (1.0,))
+        found = probe(np.eye(400), np.arange(400) % 2, groups=np.arange(400) // 4)  # can be learnt by heart alone
+        assert found.control_accuracy < 0.7
+
+    def test_intervals_draw_groups(self):
+        generator = np.random.default_rng(0)
+        groups = np.repeat(np.arange(40), 5)
+        labels = np.repeat(generator.integers(0, 2, 40), 5)
+        found = probe(np.eye(40)[groups], labels, groups=groups)
+        expected = bootstrap_interval(found.correct, found.clusters)
+        assert found.interval == expected != bootstrap_interval(found.correct)
+        nothing = dataclasses.replace(found, correct=torch.zeros_like(found.correct))
+        assert difference(found, nothing)[1] == expected
 
     def test_an_empty_feature_gives_the_majority(self):
         labels = np.array([0, 1, 1] * 50)
@@ -277,3 +315,15 @@ class TestRefusals:
         first = probe(features, labels)
         with pytest.raises(ValueError, match="different examples"):
             difference(first, probe(features[:150], labels[:150]))
+
+
+def test_encoded_is_above_every_comparison_by_more_than_its_interval(separable):
+    features, labels = separable
+    full, none = probe(features, labels), probe(np.zeros((200, 1)), labels)
+    nearly = dataclasses.replace(full, correct=full.correct.clone())
+    nearly.correct[full.correct.nonzero()[0]] = 0
+    assert difference(full, nearly)[0] > 0 and not is_encoded(full, nearly, [])
+    assert is_encoded(full, none, [none]) and not is_encoded(full, none, [none, full])
+    rows = {"bag of words": none, "row": full, "random model 0, row": none}
+    assert summary("row", rows)["encoded"] is True
+    assert summary("row", rows | {"random model 1, row": full})["encoded"] is False
