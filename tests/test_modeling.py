@@ -790,13 +790,14 @@ class TestPacking:
             alone = model(ids[row : row + 1, :length]).last_hidden_state[0]
             torch.testing.assert_close(together[row, :length], alone, rtol=1e-10, atol=1e-10)
 
-    def test_a_hook_on_all_gradients(self, make_config, make_inputs):
+    @pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+    def test_a_hook_on_all_gradients(self, make_config, make_inputs, kind):
         config = make_config()
         model, inputs = build(LambdaBertModel, config), make_inputs(LambdaBertModel, config)
         inputs["attention_mask"][1, 5:] = 0
         layer, sizes = model.encoder.layer[0], []
-        handle = torch.nn.modules.module.register_module_full_backward_hook(
-            lambda module, given, output: sizes.append(output[0].shape[:2]) if module is layer else None
+        handle = getattr(torch.nn.modules.module, f"register_module_{kind}")(
+            lambda module, *given: sizes.append(given[-1][0].shape[:2]) if module is layer else None
         )
         model(**inputs).last_hidden_state.sum().backward()
         handle.remove()
