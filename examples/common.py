@@ -189,8 +189,8 @@ def evaluated(splits: DatasetDict) -> list[str]:
 def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable[[str], Metrics]) -> Metrics:
     """Trains, saves the model, and prints and writes what `evaluate` finds on each of the other splits."""
     trainer.train()
-    trainer.args.dataloader_drop_last = False  # of training alone: results are of all rows
     trainer.save_model()
+    trainer.args.dataloader_drop_last = False  # of training alone: results are of all rows
     found = {}
     for split in evaluated(splits):
         metrics = {f"{split}_{name}": value for name, value in evaluate(split).items()}

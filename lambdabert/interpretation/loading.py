@@ -193,7 +193,10 @@ class LoadedModel:
         """Whether a text asks for one prediction."""
         if self.predicts_tokens:
             return len(self.masks(inputs)) == 1
-        asks = 1 in inputs.sequence_ids(0) if self.answers_questions else self.predicts_classes
+        if self.answers_questions:  # tokenizers in Python do not say which tokens are the text's
+            asks = inputs.is_fast and 1 in inputs.sequence_ids(0)
+        else:
+            asks = self.predicts_classes
         return asks and self.tokenizer.mask_token_id is not None
 
     def explain(
