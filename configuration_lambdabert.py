@@ -16,7 +16,7 @@ POSITION_EMBEDDING_TYPES = ("absolute", "none")
 CLASSIFIER_POOLINGS = ("cls", "sep")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
-RANGES = {  # lowest value, and what all stay below: fields
+RANGES = {  # (lowest value, exclusive upper bound): fields
     (1, float("inf")): (
         "vocab_size",
         "hidden_size",
@@ -51,22 +51,23 @@ class LambdaBertConfig(BertConfig):
         lambda_norm: normalisation of queries and values. "batch" is the paper's, with statistics of real tokens only;
             it makes an example's result depend on its batch while training. "layer" and "rms" see one token at a
             time, "none" leaves both as projected.
-        content_gain: whether the content lambda is multiplied by a learned gain, one number per layer and key channel,
-            that starts at 0. A new model then begins with position lambdas alone and takes in the content lambda as
-            far as it helps. `False` is the paper's layer.
-        repetition_context_size: R', the number of positions that a position sees around each other occurrence of its
-            token (odd): a third lambda, of what the text says around the same token elsewhere, with a table that
-            starts at 0. It needs `input_ids`. `None` is the paper's layer.
-        mask_token_id: the tokenizer's [MASK], whose occurrences are no repetition. `None` = there is none: with a
-            repetition lambda all hidden tokens are then taken for the same.
+        content_gain: whether to multiply the content lambda by a learned gain, one per layer and key channel, that
+            starts at 0, so that a new model begins with position lambdas alone. `False` is the paper's layer.
+        repetition_context_size: R' (odd), how many positions are read around each other occurrence of a position's
+            token, by a third lambda whose table starts at 0. It needs `input_ids`. `None`: no such lambda, as in the
+            paper.
+        mask_token_id: id of the tokenizer's [MASK], whose occurrences do not count as repetitions. `None`: a repetition
+            lambda takes all masked tokens for the same word.
         position_embedding_type: "absolute" adds BERT's position embeddings to the words'; "none" leaves positions to
             the lambda layers, which see distances alone. Without them a local scope has no limit of length.
         classifier_pooling: the token whose last hidden state the pooling layer takes. "cls" is the first, as in BERT;
-            "sep" the last of the first segment, which is the [SEP] between the segments of a pair. With a local scope
-            [CLS] sees what is far through content lambdas alone, and these do not tell in which order it stands.
+            "sep" the last of the first segment, which in a pair is the [SEP] between the two. With a local scope, [CLS]
+            sees distant tokens only through content lambdas, which do not tell their order.
 
     Raises:
-        ValueError: a field, one of BERT's included, has a value that cannot work; the text names field, value and fix.
+        ValueError: a field, one of BERT's included, has a value that cannot work; the message names field, value and
+            fix.
+        StrictDataclassError: a field has the wrong type; or, when a model is built, a wrong value that was set later.
     """
 
     model_type = "lambdabert"
@@ -100,7 +101,7 @@ class LambdaBertConfig(BertConfig):
             "AutoModelForMultipleChoice": "modeling_lambdabert.LambdaBertForMultipleChoice",
             **auto_map,
         }
-        self.validate_lambda_layer()
+        self.validate_lambda_layer()  # before @strict's own call, which would wrap the ValueError
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Saves the config with the code that its `auto_map` names.
@@ -186,8 +187,8 @@ class LambdaBertConfig(BertConfig):
 
 
 def _code_file(here: Path, module: str) -> Path:
-    """Where a module's code is: beside this file, or, as transformers keeps the code of saved models, in another folder
-    for each class that was loaded from there."""
+    """The file of a module: beside this one or, for a saved model, in whichever of transformers' cache folders, one per
+    loaded class, holds the newest copy."""
     file = here / f"{module}.py"
     if file.is_file() or not __name__.startswith("transformers_modules."):
         return file

@@ -103,7 +103,9 @@ def load_bert(
         check_bert(bert.config.to_dict(), type(bert).__name__)
         return bert, set()
     if not isinstance(bert, str | PathLike):
-        raise ValueError(f"{type(bert).__name__} is no BERT: give a model of transformers, its folder or its hub name.")
+        raise ValueError(
+            f"{type(bert).__name__} is not a BERT: give a model of transformers, its folder or its hub name."
+        )
     check_bert(BertConfig.get_config_dict(bert)[0], str(bert))
     loaded: Any = bert_class.from_pretrained(bert, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
@@ -117,11 +119,13 @@ def converted_config(config: BertConfig, config_class: type[BertConfig], setting
     """BERT's config as a `config_class` with `settings` in it; unless these set it, as many queries as BERT has heads.
 
     Raises:
-        ValueError: a setting is no field, or contradicts the shape of the weights.
+        ValueError: a setting is not a field, or contradicts the shape of the weights.
     """
     unknown = sorted(set(settings) - set(config_class().to_dict()) - {"num_labels"})
     if unknown:
-        raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}.")
+        raise ValueError(
+            f"{config_class.__name__} has no field {', '.join(unknown)}; leave it out, or correct its name."
+        )
     if "num_attention_heads" in settings:
         raise ValueError("num_attention_heads has no effect in a LambdaBERT; give num_lambda_queries.")
     if without := sorted(set(settings) & set(WITHOUT_EFFECT)):
@@ -152,8 +156,8 @@ def extend_positions(table: torch.Tensor, length: int) -> torch.Tensor:
     repeated: trained on [CLS] alone, it is unlike all others.
     """
     positions = torch.arange(length, device=table.device)
-    repeated = 1 + (positions - 1) % (len(table) - 1)
-    return table[torch.where(positions < len(table), positions, repeated)]
+    repeated = 1 + (positions - 1) % max(1, len(table) - 1)
+    return table[torch.where(positions < len(table), positions, repeated).clamp(max=len(table) - 1)]
 
 
 def bare(name: str) -> str:
@@ -167,9 +171,9 @@ def start_from_attention(
 ) -> None:
     """Starts a lambda layer's values and output projection in the subspaces that attention's use most.
 
-    Whatever its attention weights, attention passes on T = Wo Wv times an average of its inputs. These are g z + b for
+    Whatever its attention weights, attention passes on W = Wo Wv times an average of its inputs. These are g z + b for
     the g and b of the norm before it and a z of unit variance, so the best approximation of rank V U in the least
-    squares sense is the truncated singular value decomposition T diag(g) = L S Rt. The values start as Rt z, up to a
+    squares sense is the truncated singular value decomposition W diag(g) = L S Rt. The values start as Rt z, up to a
     constant, with unit variance. The lambdas mix the U values of a depth by queries, keys and E that are fresh; in the
     output projection, query h starts with L S of the values u = h mod U. Attention weights sum to 1, so the bias of the
     values becomes part of the output's.
@@ -178,7 +182,7 @@ def start_from_attention(
         attention: a `BertAttention`.
         previous_norm: the norm whose output attention sees.
         lambda_attention: the `LambdaBertAttention` to change.
-        branch_scale: root mean square of the output over that of T; small, because the lambdas are not trained yet.
+        branch_scale: root mean square of the output over that of W; small, because the lambdas are not trained yet.
     """
     layer, output = lambda_attention.self, lambda_attention.output.dense
     given, out = attention.self.value, attention.output.dense
@@ -195,7 +199,7 @@ def start_from_attention(
     output.bias.copy_(out.bias + out.weight @ given.bias)
 
 
-def check_encoder(given: set[str], own: set[str], layers: int) -> None:
+def check_bert_encoder(given: set[str], own: set[str], layers: int) -> None:
     """Refuses a BERT whose encoder has other weights than its config says, as adapters and pruning leave it.
 
     Args:
@@ -204,7 +208,7 @@ def check_encoder(given: set[str], own: set[str], layers: int) -> None:
         layers: how many the config says.
 
     Raises:
-        ValueError: there are.
+        ValueError: a weight is missing or unknown.
     """
     wanted = {name for name in own if name.startswith(ENCODER) and ".attention.self." not in name}
     for i in range(layers):
@@ -228,10 +232,10 @@ def convert_weights(bert: PreTrainedModel, model: PreTrainedModel, missing: set[
         missing: names of weights of the BERT that were not trained and do not count.
 
     Raises:
-        ValueError: as `check_encoder`, or a head's weight has another shape.
+        ValueError: as `check_bert_encoder`, or a head's weight has another shape.
     """
     given = {bare(name): (name, weight) for name, weight in bert.state_dict().items() if name not in missing}
-    check_encoder(set(given), {bare(name) for name in model.state_dict()}, bert.config.num_hidden_layers)
+    check_bert_encoder(set(given), {bare(name) for name in model.state_dict()}, bert.config.num_hidden_layers)
     encoder: Any = bert.base_model
     own_encoder: Any = model.base_model
     norms = [encoder.embeddings.LayerNorm, *(layer.output.LayerNorm for layer in encoder.encoder.layer)]

@@ -72,19 +72,19 @@ class TeacherArguments:
         default=None, metadata={"help": "Longest sequence of the new model; its position table is continued."}
     )
     layers_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss of every layer's hidden states; 1 if not given."}
+        default=None, metadata={"help": "Weight of the loss on every layer's hidden states; 1 if not given."}
     )
     last_layer_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss of the last hidden states; 0 if not given."}
+        default=None, metadata={"help": "Weight of the loss on the last hidden states; 0 if not given."}
     )
     sentences_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss of sentence vectors; 1 where the teacher makes them."}
+        default=None, metadata={"help": "Weight of the loss on sentence vectors; 1 where the teacher makes them."}
     )
     masked_tokens_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss of masked tokens; 1 where the teacher predicts them."}
+        default=None, metadata={"help": "Weight of the loss on masked tokens; 1 where the teacher predicts them."}
     )
     classes_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss of class logits; 1 where the teacher classifies."}
+        default=None, metadata={"help": "Weight of the loss on class logits; 1 where the teacher classifies."}
     )
 
     def __post_init__(self) -> None:
@@ -195,7 +195,9 @@ class Distillation(TrainingRun):
                 "and cannot be planned for two stages: use another, such as linear, or --attention_steps 0."
             )
         if args.attention_steps and args.learning_rate <= 0:
-            raise ValueError(f"learning_rate={args.learning_rate:g} must be above 0.")
+            raise ValueError(
+                f"learning_rate={args.learning_rate:g} must be above 0: the first stage's rate is set relative to it."
+            )
 
     def become_tiny(self) -> None:
         bert = BertModel(BertConfig(**TINY_SHAPE, num_attention_heads=2))

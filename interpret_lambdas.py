@@ -73,14 +73,14 @@ def build_parser() -> Parser:
         )
         return command
 
-    command = add("map", run_map, "A text's maps, as a page and figures.", (".html", *FIGURES))
+    command = add("map", run_map, "Draw the maps of a text, as a page and figures.", (".html", *FIGURES))
     what = (
         "The text, in quotes; with one [MASK], its prediction is explained. Models of classes, of answers and of "
         "sentence pairs take two texts, too."
     )
     command.add_argument("text", nargs="*", help=what)
     command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
-    what = "What the prediction of a masked word, a class, a label or an answer is due to."
+    what = "Attribute the prediction of a masked word, a class, a label or an answer to the tokens of the input."
     command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
     what = (
         "The text, in quotes, with one [MASK] unless the model classifies; for a classifier or pretraining model of "
@@ -89,17 +89,23 @@ def build_parser() -> Parser:
     command.add_argument("text", nargs="*", help=what)
     what = "The token or class that is explained, the likeliest if not given; for answers, start (as given) or end."
     command.add_argument("--target", help=what)
-    what = "Number of the token whose label is explained; for answers, of the start or end, the likeliest if not given."
+    what = "Number of the token whose label is explained; for an answer, of its start or end (default: the likeliest)."
     command.add_argument("--place", type=int, help=what)
-    command = add("swap", run_swap, "What changes in two texts when they exchange their λc.", (".json",))
+    command = add("swap", run_swap, "What changes when two texts exchange their content lambdas (λc).", (".json",))
     command.add_argument("texts", nargs="*", metavar="text", help="Two texts, each in quotes.")
-    command = add("topics", run_topics, "Which texts are alike: nearest neighbours by λc.", (".json",))
+    command = add(
+        "topics", run_topics, "Nearest neighbours of each text in a file, by content lambda (λc).", (".json",)
+    )
     command.add_argument("file", help="One text a line; or a .tsv with the columns text and, where known, topic.")
-    command.add_argument("--neighbours", type=int, help=f"Of each text; {NEIGHBOURS} if not given and there are.")
-    what = "What can be read from λc, beside what it must beat."
+    command.add_argument(
+        "--neighbours",
+        type=int,
+        help=f"Neighbours of each text (default: {NEIGHBOURS}, or all others if there are fewer).",
+    )
+    what = "What linear probes read from content lambdas (λc), beside what these must beat."
     command = add("probe", run_probe, what, (*FIGURES, ".json"), ["sklearn"])
     command.add_argument("tasks", nargs="+", help="Tasks: .tsv files with the columns split, label, text and target.")
-    what = "Whether explanations are true to a masked language model."
+    what = "Whether attributions agree with what happens when tokens are masked."
     command = add("faithfulness", run_faithfulness, what, (".json",))
     command.add_argument("file", help="Sentences, one a line; a word of the first 128 tokens of each is masked.")
     return parser
@@ -114,7 +120,9 @@ def check_outputs(args: argparse.Namespace) -> None:
     for name in args.output:
         file = Path(name)
         if file.suffix not in args.ends:
-            raise ValueError(f"output={name}: {args.command} writes {', '.join(args.ends)}; end its name so.")
+            raise ValueError(
+                f"output={name}: {args.command} writes {', '.join(args.ends)}; its name must end in one of these."
+            )
         if file.exists():
             raise ValueError(f"output={name} exists and is not overwritten; name another or remove it.")
         if not file.parent.is_dir():
@@ -369,7 +377,7 @@ def run_faithfulness(args: argparse.Namespace) -> None:
         print(f"{len(examples)} of {len(texts)} texts are used; the rest have fewer than 4 tokens.", file=sys.stderr)
     found = faithfulness(loaded.model, examples, loaded.tokenizer.mask_token_id)
     print_table(
-        ("method", "Spearman", "from", "to", "seconds"),
+        ("method", "Spearman", "from", "to", "CPU seconds"),
         [(name, row["spearman"], *row["interval"], row["processor seconds"]) for name, row in found.items()],
     )
     warn_of_few(len(examples), "texts")

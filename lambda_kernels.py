@@ -6,7 +6,7 @@
 - a global scope, by an FFT, in O(N log N); up to `DIRECT_LENGTH` tokens the formula itself is faster;
 - in inference on a CPU, either of them tile by tile: the lambdas [B, N, K, V] are the largest tensor of a layer, and
   those of a tile never leave the processor's cache;
-- on a GPU a local scope is computed without lambdas, by `block_outputs`;
+- on a GPU a local scope is computed without lambdas, by `block_outputs`, while L H K is at most `BLOCK_CHANNELS`;
 - in a program that is exported, by forms that serve every batch size and length and are made of real-valued operators
   that every runtime has: the same Toeplitz blocks, and for a global scope a Fourier transform within blocks;
 - in a program that is traced, by the formulas.
@@ -23,22 +23,22 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-LOCAL_BLOCK = 8  # T, query positions of one dense product; of 2 to 32 none is faster for R = 25
+LOCAL_BLOCK = 8  # L, query positions of one dense product; of 2 to 32 none is faster for R = 25
 DIRECT_LENGTH = 64  # tokens up to which the product with the whole Toeplitz matrix is faster than the FFT
 DIRECT_LENGTH_ON_GPU = 512
-BLOCK_CHANNELS = 2048  # T H K up to which `block_outputs` is used: its matrix of weights grows with the square of H
+BLOCK_CHANNELS = 2048  # L H K up to which `block_outputs` is used: its matrix of weights grows with the square of H
 TILE = 256  # query positions whose lambdas, 0.8 MB at K = 8 and V = 96, fit into a core's second-level cache
 FFT_TILE = 2**18  # numbers in the lambdas of one FFT, 1 MB: more of them do not stay in the cache
 FFT_DEPTHS = 8  # value depths of one FFT at least; the lambdas are written 8 numbers, half a cache line, at a time
-EXPORTED_BLOCK = 64  # T, positions of one transform in an exported global scope: the balance of its two products
-OFF_STRIDE = 16  # numbers added to rows that are transposed: rows 2^i apart share a few sets of the cache
+EXPORTED_BLOCK = 64  # L, positions of one transform in an exported global scope: the balance of its two products
+OFF_STRIDE = 16  # padding of rows that are transposed: rows 2^i numbers apart compete for a few sets of the cache
 
 PositionLambda = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def is_exporting() -> bool:
-    """Whether a program is exported. The flag is read in place of `torch.compiler.is_exporting`, which dynamo of
-    torch 2.11 answers with True whatever it compiles."""
+    """Whether a program is being exported: `torch.compiler.is_exporting` is True in all that dynamo of torch 2.11
+    compiles, and the flag is not."""
     return torch.compiler._is_exporting_flag
 
 
@@ -66,7 +66,8 @@ def fastest_outputs(
         relative_embeddings: E, [R, K, U].
         is_global: whether E holds all offsets of a sequence, or those of a local scope.
         position_lambda: the formula of the scope, from values and E to [B, N, K, V].
-        apply_lambdas: the formula of the output, from queries, content and position lambdas.
+        apply_lambdas: the formula of the output, from queries, content and position lambdas. (Both formulas are
+            arguments because `lambda_layer`, where they are, imports this module.)
     """
     if is_exporting():
         position_lambda = spectral_position_lambda if is_global else exported_local_lambda
@@ -105,14 +106,14 @@ def block_outputs(
     elsewhere: torch.Tensor | None = None,
     repetition_embeddings: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Outputs [B, N, H, V] of a local scope as weighted sums, in two dense products for blocks of T positions.
+    """Outputs [B, N, H, V] of a local scope as weighted sums, in two dense products for blocks of L positions.
 
-    All that a block reads stands in C rows of depth V: the S U values in its sight, S = T + R - 1; the K channels of
-    the content lambda; and for a repetition lambda the R' U mean values around the other occurrences of each of its T
-    tokens. The weights that its T H queries give to these rows are products with embeddings, for the content with 1:
+    All that a block reads stands in C rows of depth V: the S U values in its sight, S = L + R - 1; the K channels of
+    the content lambda; and for a repetition lambda the R' U mean values around the other occurrences of each of its L
+    tokens. The weights that its L H queries give to these rows are products with embeddings, for the content with 1:
 
-        weights [T H, C]     [T H K] @ [T H K, T H C], a matrix of blocks on its diagonal
-        outputs [T H, V]     [T H, C] @ [C, V]
+        weights [L H, C]     [L H K] @ [L H K, L H C], a matrix of blocks on its diagonal
+        outputs [L H, V]     [L H, C] @ [C, V]
 
     Args:
         queries: [B, N, H, K]
@@ -120,7 +121,7 @@ def block_outputs(
         values: [B, N, V, U], zero at padding.
         relative_embeddings: E, [R, K, U].
         elsewhere: as `values_elsewhere` gives it, [B, N, R' U, V]; None without a repetition lambda.
-        repetition_embeddings: its embeddings, [R', K, U].
+        repetition_embeddings: its embeddings T, [R', K, U].
     """
     batch, length, num_queries, key_depth = queries.shape
     size, reach = LOCAL_BLOCK, relative_embeddings.shape[0] // 2
@@ -147,7 +148,7 @@ def block_outputs(
 
 
 def block_diagonal(matrices: torch.Tensor, copies: int) -> torch.Tensor:
-    """[T, K, C] as a matrix [(T H K), (T H C)] that holds each of them H = `copies` times on its diagonal."""
+    """[L, K, C] as a matrix [(L H K), (L H C)] that holds each of them H = `copies` times on its diagonal."""
     times, depth, columns = matrices.shape
     ones = torch.eye(times * copies, dtype=matrices.dtype, device=matrices.device)
     ones = ones.view(times, copies, 1, times, copies, 1)
@@ -207,8 +208,8 @@ def toeplitz_position_lambda(values: torch.Tensor, relative_embeddings: torch.Te
 def position_lambda_within(context: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
     """Position lambda [B, N, K, V] of the N positions that have all of their scope within `context`.
 
-    The positions are cut into blocks of T. The T lambdas of a block are one dense product of a Toeplitz matrix, which
-    repeats E along its diagonals, with the S = T + R - 1 values in sight of the block.
+    The positions are cut into blocks of L. The L lambdas of a block are one dense product of a Toeplitz matrix, which
+    repeats E along its diagonals, with the S = L + R - 1 values in sight of the block.
 
     Args:
         context: values [B, N + R - 1, V, U], V last in memory.
@@ -228,7 +229,7 @@ def position_lambda_within(context: torch.Tensor, relative_embeddings: torch.Ten
 
 
 def toeplitz_matrix(relative_embeddings: torch.Tensor) -> torch.Tensor:
-    """The matrix [T K, S U] of a block: the rows of position t hold E [R, K, U] from column t U on, zeros elsewhere."""
+    """The matrix [L K, S U] of a block: the rows of position l hold E [R, K, U] from column l U on, zeros elsewhere."""
     in_sight = LOCAL_BLOCK + relative_embeddings.shape[0] - 1
     padded = F.pad(relative_embeddings, (0, 0, 0, 0, LOCAL_BLOCK - 1, LOCAL_BLOCK - 1))
     diagonals = padded.unfold(0, in_sight, 1).flip(0)
@@ -280,9 +281,9 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
         kernel = torch.fft.rfft(reversed_offsets.to(at_least_float32), n=period, dim=0)
         kernel = rearrange(kernel, "f k u -> u k 1 f").contiguous()
 
-        def convolved(some: slice) -> torch.Tensor:
+        def convolved(chosen: slice) -> torch.Tensor:
             """The lambdas of some value depths, [B, N, K, depths]."""
-            signal = rearrange(values[:, :, some].to(at_least_float32), "b m v u -> b u v m")
+            signal = rearrange(values[:, :, chosen].to(at_least_float32), "b m v u -> b u v m")
             signal = F.pad(signal, (0, period - length + OFF_STRIDE))[..., :period]
             signal = torch.fft.rfft(rearrange(signal, "b u v m -> b m v u"), dim=1)
             signal = rearrange(signal, "b f v u -> u b 1 v f")
@@ -297,22 +298,22 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
         if depths >= value_depth:  # without a buffer, into which torch.func.vmap could not write
             return convolved(slice(None)).contiguous().to(values.dtype)
         lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
-        for some in slices(value_depth, depths):
-            lambdas[..., some] = convolved(some)
+        for chosen in slices(value_depth, depths):
+            lambdas[..., chosen] = convolved(chosen)
     return lambdas.to(values.dtype)
 
 
 def spectral_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor) -> torch.Tensor:
     """Position lambda of a global scope by real matrix products of any size, for exported programs.
 
-    The N positions are cut into G blocks of T. What a block of values adds to a block of lambdas depends on how far the
-    two are apart, and is a convolution of T places: a product of spectra of period 2T. So
+    The N positions are cut into G blocks of L. What a block of values adds to a block of lambdas depends on how far the
+    two are apart, and is a convolution of L places: a product of spectra of period 2L. So
 
-        spectra of the blocks of values      [2 (T + 1), T] @ [T, V]            for each block
-        spectra of the blocks of lambdas     [2 G K, 2 G U] @ [2 G U, B V]      for each of T + 1 frequencies
-        the lambdas                          [T, 2 (T + 1)] @ [2 (T + 1), G K B V]
+        spectra of the blocks of values      [2 (L + 1), L] @ [L, V]            for each block
+        spectra of the blocks of lambdas     [2 G K, 2 G U] @ [2 G U, B V]      for each of L + 1 frequencies
+        the lambdas                          [L, 2 (L + 1)] @ [2 (L + 1), G K B V]
 
-    where 2 stands for real and imaginary parts. That is 4 G K V + 2 T K V multiplications a position, against N K V of
+    where 2 stands for real and imaginary parts. That is 4 G K V + 2 L K V multiplications a position, against N K V of
     the formula. Each product has one symbol at most in an axis that is merged, and that first, or the exporter would
     ask which sizes divide which.
 
@@ -337,7 +338,7 @@ def spectral_position_lambda(values: torch.Tensor, relative_embeddings: torch.Te
         for u in range(intra_depth)
     ]
     transfer = transfer_matrices(relative_embeddings.to(at_least_float32), to_spectrum, blocks)
-    lambdas = torch.bmm(transfer, torch.cat(spectra, dim=1))  # [T + 1, (2 G K), (B V)]
+    lambdas = torch.bmm(transfer, torch.cat(spectra, dim=1))  # [L + 1, (2 G K), (B V)]
     lambdas = lambdas.unflatten(1, (2, blocks * key_depth)).flatten(0, 1).flatten(1, 2)
     lambdas = (from_spectrum @ lambdas).view(EXPORTED_BLOCK, blocks, key_depth, values.shape[0], value_depth)
     lambdas = lambdas.permute(3, 1, 0, 2, 4).flatten(1, 2)
@@ -345,10 +346,10 @@ def spectral_position_lambda(values: torch.Tensor, relative_embeddings: torch.Te
 
 
 def block_transforms(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The discrete Fourier transform of period 2T and its inverse on the first T places, as real matrices.
+    """The discrete Fourier transform of period 2L and its inverse on the first L places, as real matrices.
 
     Returns:
-        Real and imaginary parts [2, T + 1, 2T], and [T, (T + 1) 2].
+        Real and imaginary parts [2, L + 1, 2L], and [L, (L + 1) 2].
     """
     period = 2 * EXPORTED_BLOCK
     places = torch.arange(period, device=device)
@@ -366,16 +367,16 @@ def transfer_matrices(relative_embeddings: torch.Tensor, to_spectrum: torch.Tens
 
     Args:
         relative_embeddings: E, [2P - 1, K, U].
-        to_spectrum: the transform, [2, T + 1, 2T].
+        to_spectrum: the transform, [2, L + 1, 2L].
         blocks: G.
 
     Returns:
-        [T + 1, (2 G K), (2 U G)]
+        [L + 1, (2 G K), (2 U G)]
     """
     offsets, key_depth, intra_depth = relative_embeddings.shape
     furthest = count_blocks(offsets // 2 + 1, EXPORTED_BLOCK)
     device = relative_embeddings.device
-    # lambdas of block i see values of block j at offsets (j - i) T - t, for t from -(T - 1) to T - 1, in a circle
+    # lambdas of block i see values of block j at offsets (j - i) L - t, for t from -(L - 1) to L - 1, in a circle
     within = torch.arange(2 * EXPORTED_BLOCK, device=device)
     within = torch.where(within < EXPORTED_BLOCK, within, within - 2 * EXPORTED_BLOCK)
     apart = EXPORTED_BLOCK * torch.arange(1 - furthest, furthest, device=device)

@@ -6,9 +6,9 @@ it is the sequence itself, seen in both directions.
 
 Axes, in shapes (capitals) and einops patterns (lower case):
 
-    B batch             N queries' positions     M context positions (= N)    D hidden_size
-    H num_lambda_queries    K key_depth          V value depth, D / H         U intra_depth
-    R relative offsets: local_context_size, or 2 max_position_embeddings - 1 for a global scope
+    B batch    N query positions    M context positions (= N)    D hidden_size    P max_position_embeddings
+    H num_lambda_queries    K key_depth    V value depth, D / H    U intra_depth
+    R relative offsets: local_context_size, or 2P - 1 for a global scope    R' repetition_context_size
 
 The layer turns its context into one small linear map per position, the lambda, and applies it to H queries:
 
@@ -20,17 +20,18 @@ Beyond the paper, the content lambda may have a learned gain g, which starts at 
 
     content lambda     lc     = g (.) sum_m sum_u softmax_m(K)[m,:,u] (x) V[m,:,u]       g: [K]
 
-The keys of a new layer are nearly uniform, so that its content lambda is one mean value, the same in every sequence and
-in all K channels. What it adds grows about as sqrt(K), drowns the position lambda, and tells nothing of the text
-(docs/ablations.md). From 0 it grows only as far as it helps.
+In a new layer the keys are nearly uniform, so that every row of the content lambda is the same mean value, whatever the
+text. What it adds grows about as sqrt(K), drowns out the position lambda and says nothing about the text
+(docs/ablations.md). With a gain that starts at 0, it contributes only as far as it helps.
 
-And there may be a third lambda, of what stood around the other occurrences of a token, O(n) = {m != n: the same token}:
+There may also be a third lambda, again beyond the paper, of what surrounds the other occurrences of a token,
+O(n) = {m != n: token m is the same as token n}; o is an offset from such an occurrence:
 
     repetition lambda  lr[n]  = mean over m in O(n) of sum_o sum_u T[o,:,u] (x) V[m + o,:,u]       T: [R', K, U]
     output             y[n,h] = (lc + lp[n] + lr[n])^T Q[n,h]
 
-It is a content lambda of the paper, of values that know their surroundings, whose keys are the tokens themselves: a key
-channel for each token is a distribution over its occurrences, and a query picks the channel of its own. T starts at 0.
+This is a content lambda whose values include their surroundings and whose key channels are the vocabulary: the channel
+of a token is uniform over its occurrences, and a query reads the channel of its own token. T starts at 0.
 """
 
 import torch
@@ -195,7 +196,7 @@ def _make_projection(in_features: int, out_features: int) -> nn.Linear:
 
 def _make_norm(lambda_norm: str, channels: int, eps: float) -> nn.Module:
     if lambda_norm == "batch":
-        return MaskedBatchNorm(channels)
+        return MaskedBatchNorm(channels)  # with torch's eps: BERT's, 1e-12, is meant for layer norm
     if lambda_norm == "layer":
         return nn.LayerNorm(channels, eps=eps)
     if lambda_norm == "rms":
@@ -208,9 +209,9 @@ def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor |
     return normalised.to(inputs.dtype)  # autocast normalises in float32
 
 
-def may_look_into(tensor: torch.Tensor) -> bool:
-    """Whether its entries may be looked at: not in a program that is compiled, exported, traced or captured, which
-    serves others as well, and not where it holds none."""
+def can_read_values(tensor: torch.Tensor) -> bool:
+    """Whether Python may branch on a tensor's values: not in a program that is compiled, exported, traced or captured,
+    which must work for others too, and not on the meta device, where there are none."""
     return not is_tracing(tensor) and not tensor.is_meta
 
 
@@ -218,8 +219,8 @@ def as_token_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> 
     """The mask of inputs [B, N, ...] as bool [B, N], True = token, on their device.
 
     Raises:
-        ValueError: the mask is not [B, N], or holds something other than 0 and 1. Its entries are not looked at in a
-            compiled, exported or traced program, which would wait for them on an accelerator.
+        ValueError: the mask is not [B, N], or holds something other than 0 and 1. Its values are checked in eager mode
+            only.
     """
     if attention_mask is None:
         return None
@@ -234,7 +235,7 @@ def as_token_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> 
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the inputs are [{batch}, {length}]: "
             "give one entry per token."
         )
-    if attention_mask.dtype != torch.bool and may_look_into(attention_mask):
+    if attention_mask.dtype != torch.bool and can_read_values(attention_mask):
         others = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
         if len(others):
             raise ValueError(
@@ -309,16 +310,18 @@ class LambdaLayer(nn.Module):
 
         Args:
             hidden_states: [B, N, D]; or the real tokens alone, [1, T, D], with `packing`.
-            attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens.
+            attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens. Not read if `packing` is given, which
+                carries the mask.
             packing: the layout of the tokens, with their mask; None = [B, N] as given. A repetition lambda needs one
                 that was given the token ids, -1 at each [MASK].
 
         Returns:
-            The output, shaped as `hidden_states`, and the content lambda [B, K, V].
+            The output, shaped as `hidden_states`, and the content lambda [B, K, V], gain included.
 
         Raises:
-            ValueError: the mask is not [B, N] or holds something other than 0 and 1; N is 0 or exceeds the offset table
-                of a global scope; a layout without the token ids that a repetition lambda needs, or without the mask.
+            ValueError: without `packing`, a mask that is not [B, N] or holds something other than 0 and 1; N is 0 or
+                exceeds the offset table of a global scope; a layout without the token ids that a repetition lambda
+                needs, or without the mask.
         """
         layout = Padded(as_token_mask(attention_mask, hidden_states)) if packing is None else packing
         if attention_mask is not None and layout.attention_mask is None:
@@ -386,7 +389,7 @@ class LambdaLayer(nn.Module):
         if self.repetition_embeddings is not None and repetitions is not None:
             elsewhere = values_elsewhere(values, len(self.repetition_embeddings), repetitions)
         if prefers_blocks(queries, self.is_global):
-            if token_mask is not None:  # whatever stands at padding would meet the zeros of its block
+            if token_mask is not None:  # a NaN at padding would spread through the zeros of its block
                 queries = queries.masked_fill(~token_mask[..., None, None], 0)
             outputs = block_outputs(
                 queries, content, values, self.relative_embeddings, elsewhere, self.repetition_embeddings

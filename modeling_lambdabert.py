@@ -64,7 +64,7 @@ try:  # the flat form serves this repository, the relative one a saved model's f
     from .configuration_lambdabert import PROBLEM_TYPES, LambdaBertConfig
     from .conversion_lambdabert import convert_weights, converted_config, load_bert
     from .lambda_kernels import as_a_whole
-    from .lambda_layer import LambdaLayer, as_token_mask, may_look_into
+    from .lambda_layer import LambdaLayer, as_token_mask, can_read_values
     from .packing_lambdabert import Packing, Padded, lay_out
 except ImportError:
     if __package__:
@@ -72,7 +72,7 @@ except ImportError:
     from configuration_lambdabert import PROBLEM_TYPES, LambdaBertConfig
     from conversion_lambdabert import convert_weights, converted_config, load_bert
     from lambda_kernels import as_a_whole
-    from lambda_layer import LambdaLayer, as_token_mask, may_look_into
+    from lambda_layer import LambdaLayer, as_token_mask, can_read_values
     from packing_lambdabert import Packing, Padded, lay_out
 
 logger = logging.getLogger(__name__)
@@ -117,10 +117,12 @@ def refuses_unknown_arguments(forward: Callable) -> Callable:
 class LambdaBertModelOutput(ModelOutput):
     """Output of `LambdaBertModel`.
 
-    last_hidden_state: [B, N, D], 0 at padding.
-    pooler_output: [B, D], or None without a pooling layer.
-    hidden_states: the embeddings and every layer's output, [B, N, D] each, if asked for.
-    lambda_params: every layer's content lambda, [B, K, V] each, if asked for.
+    Attributes:
+        last_hidden_state: [B, N, D], 0 at padding.
+        pooler_output: [B, D], or None without a pooling layer.
+        hidden_states: the embeddings and every layer's output, [B, N, D] each, if asked for.
+        lambda_params: every layer's content lambda, gain included (0 in a new model with `content_gain`), [B, K, V]
+            each, if asked for.
     """
 
     last_hidden_state: torch.Tensor
@@ -133,11 +135,12 @@ class LambdaBertModelOutput(ModelOutput):
 class LambdaBertForPreTrainingOutput(ModelOutput):
     """Output of the pretraining models.
 
-    loss: the sum of the parts whose labels were given, a scalar.
-    prediction_logits: [B, N, vocab_size]; of the masked tokens alone in a Trainer's training step.
-    seq_relationship_logits: [B, 2]
-    hidden_states, lambda_params: as in `LambdaBertModelOutput`.
-    mlm_loss, nsp_loss, sop_loss: the parts of the loss, scalars.
+    Attributes:
+        loss: the sum of the parts whose labels were given, a scalar.
+        prediction_logits: [B, N, vocab_size]; of the masked tokens alone in a Trainer's training step.
+        seq_relationship_logits: [B, 2]
+        hidden_states, lambda_params: as in `LambdaBertModelOutput`.
+        mlm_loss, nsp_loss, sop_loss: the parts of the loss, scalars.
     """
 
     loss: torch.Tensor | None = None
@@ -199,7 +202,7 @@ class LambdaBertEmbeddings(BertEmbeddings):
 
     def check_positions(self, shape: torch.Size, position_ids: torch.Tensor | None) -> None:
         """Refuses tokens [B, N] = `shape` that the position table does not hold, and `position_ids` that are not [B, N]
-        or [1, N] or go beyond it."""
+        or [1, N] or point outside it."""
         if self.position_embeddings is None:
             return
         batch, length = shape
@@ -217,12 +220,12 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 f"position_ids is {list(position_ids.shape)}, but there are {[batch, length]} tokens: give one for "
                 f"each, or {[1, length]} for all rows."
             )
-        if may_look_into(position_ids) and position_ids.numel():
-            highest = int(position_ids.max())
-            if highest >= limit:
+        if can_read_values(position_ids) and position_ids.numel():
+            lowest, highest = int(position_ids.min()), int(position_ids.max())
+            if lowest < 0 or highest >= limit:
                 raise ValueError(
-                    f"position_ids go up to {highest}, but max_position_embeddings={limit} bounds them to "
-                    f"{limit - 1}: lower them or use a model with a larger max_position_embeddings."
+                    f"position_ids range from {lowest} to {highest}, but max_position_embeddings={limit} allows 0 to "
+                    f"{limit - 1}: change them, or use a model with a larger max_position_embeddings."
                 )
 
 
@@ -390,8 +393,8 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
 
         Raises:
             ValueError: not a model, folder or name; not BERT's architecture, a decoder, cross-attention or relative
-                positions; weights of the encoder that are missing; a setting that is no field or contradicts the shape
-                of a copied weight.
+                positions; weights of the encoder that are missing; a setting that is not a field or contradicts the
+                shape of a copied weight.
             OSError: no such folder or hub name.
         """
         bert_class = next(base for base in cls.__mro__ if base.__module__ == BertModel.__module__)
@@ -450,10 +453,14 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             inputs_embeds: [B, N, D], in place of the word embeddings.
             kwargs: `output_hidden_states`, `output_lambda_params` and `return_dict`, each in place of the config's.
 
+        Returns:
+            A `LambdaBertModelOutput`; a tuple of what it holds, in its order, with `return_dict=False`.
+
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; a mask that is not [B, N] or holds something
-                other than 0 and 1; no token, or more than the config's `longest_sequence`; attention weights asked for;
-                a keyword argument that the model cannot use; `inputs_embeds` where `repetition_context_size` is set.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; an input of another shape; a mask that holds
+                something other than 0 and 1; a position outside the table; no token, or more than the config's
+                `longest_sequence`; attention weights asked for; a keyword argument that the model cannot use;
+                `inputs_embeds` where `repetition_context_size` is set.
         """
         tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, **kwargs)
         token_mask = as_token_mask(attention_mask, tokens)
@@ -523,7 +530,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         may_split = not keeps_layout and not self.config.chunk_size_feed_forward
         layers: Any = self.encoder.layer  # another module in place of one is to get whole rows, as a hook is
         are_own = all(isinstance(layer, LambdaBertLayer) or _takes_any_layout(type(layer)) for layer in layers)
-        return may_look_into(tokens) and may_split and are_own and not _is_watched(self.embeddings, self.encoder)
+        return can_read_values(tokens) and may_split and are_own and not _is_watched(self.embeddings, self.encoder)
 
 
 def _pooled_token(
@@ -558,7 +565,7 @@ def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
         labels: [...], or one axis of 1 more.
 
     Raises:
-        ValueError: labels of another shape, or that are no whole numbers.
+        ValueError: labels of another shape, or that are not integers.
     """
     if labels.is_floating_point():
         raise ValueError(f"labels is of {labels.dtype}: classes are whole numbers; give them as torch.long.")
@@ -950,7 +957,13 @@ class LambdaBertForQuestionAnswering(LambdaBertPreTrainedModel, BertForQuestionA
             start_positions: [B], the place of the answer's first token. A place at which the row has no token, because
                 it is padding or beyond a truncated row, does not count in the loss.
             end_positions: [B], that of its last token, likewise.
+
+        Raises:
+            ValueError: one of the two without the other.
         """
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(f"{missing} is missing: an answer has a start and an end; give both, or neither.")
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
         padding = None if attention_mask is None else ~attention_mask.bool().to(logits.device)

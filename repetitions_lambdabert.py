@@ -31,11 +31,11 @@ class Repetitions:
         token_mask: bool [B, N], True = token; None = all are tokens.
 
     Attributes:
-        slots: [B N], the number of each place's token among the B N of the batch; places of a row that hold the same
-            token have the same.
+        slots: [B N], a number below B N for each place; places share one if they hold the same token in the same row.
         occurs: bool [B, N], whether a place is an occurrence of its token.
         others: [B N, 1], how many other occurrences each place's token has, in float32.
-        same: bool [B, N, N], True at the other occurrences of each place's token; None where there is no matrix.
+        same: bool [B, N, N], True at the other occurrences of each place's token; None where no matrix is used.
+        matrix: `same` over the number of occurrences, [B, N, N], made in the precision of the first layer that asks.
     """
 
     def __init__(self, token_ids: torch.Tensor, token_mask: torch.Tensor | None):
@@ -47,7 +47,7 @@ class Repetitions:
         self.slots = (rows * length + torch.zeros_like(ranks).scatter(1, places, ranks)).flatten()
         self.occurs = token_ids >= 0 if token_mask is None else token_mask & (token_ids >= 0)
         self.same: torch.Tensor | None = None
-        self.matrix: torch.Tensor | None = None  # made from it in the precision of the first layer, for all of them
+        self.matrix: torch.Tensor | None = None
         if prefers_matrix(token_ids):
             slots = self.slots.view(batch, length)
             self.same = (slots[:, :, None] == slots[:, None]) & self.occurs[:, None]

@@ -67,7 +67,7 @@ MODEL_CLASSES = {
 DEFAULT_TOKENIZER = "google-bert/bert-base-cased"
 MASK_TOKEN = "[MASK]"  # of a tokenizer that is trained
 TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_size", "lowercase")
-EVALUATED_FIELDS = (
+EVALUATION_TEXT_FIELDS = (
     *("objective", "dataset_name", "dataset_config_name", "validation_file", "validation_split_percentage"),
     *("document_boundary", "max_seq_length", "eval_mlm_probability", "max_eval_samples"),
 )
@@ -103,7 +103,7 @@ class ModelArguments:
     vocab_size: int = field(default=16_000, metadata={"help": "Number of tokens of a trained tokenizer."})
     lowercase: bool = field(default=False, metadata={"help": "Whether a trained tokenizer ignores case."})
     masked_sentence: str | None = field(
-        default=None, metadata={"help": "A sentence with one [MASK]; its likeliest fillings are shown at the end."}
+        default=None, metadata={"help": "A sentence with one [MASK]; the likeliest words for it are logged at the end."}
     )
 
     def __post_init__(self) -> None:
@@ -130,8 +130,8 @@ class PretrainingArguments(RunArguments):
     learning_rate: float = field(
         default=1e-4,
         metadata={
-            "help": "The peak learning rate. The default is that of a model trained further; unless given, a new one's "
-            "falls with its width, depth and small steps (5.8e-4 at base size, 4e-3 at 4 layers of 192)."
+            "help": "The peak learning rate. The default, 1e-4, is for training a model further; a new model's depends "
+            "on its depth, its width and the tokens of a step (5.8e-4 at base size, 4e-3 for 4 layers of width 192)."
         },
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples of a step on each device."})
@@ -308,23 +308,25 @@ class Pretraining(TrainingRun):
         return masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed, training=training)
 
     def evaluate(self, trainer: InterruptibleTrainer) -> dict[str, float]:
-        """The final evaluation and, for comparison, what word frequencies alone reach on the same masked tokens."""
+        """The final evaluation and, for comparison, how well token frequencies alone predict the evaluation text."""
         if not self.training_args.do_eval:
             return {}
         metrics = super().evaluate(trainer)
         metrics |= unigram_baseline(self.examples.get("train"), self.examples["validation"], self.tokenizer)
         logger.info(
-            f"MLM loss of the evaluation text {metrics['eval_mlm_loss']:.3f} nats per masked token; "
-            f"its unigram entropy {metrics['unigram_entropy']:.3f}."
+            f"MLM loss of the evaluation text: {metrics['eval_mlm_loss']:.3f} nats per masked token. "
+            f"Its unigram entropy: {metrics['unigram_entropy']:.3f}."
         )
         if "unigram_cross_entropy" in metrics:
-            logger.info(f"Token frequencies of the training text predict it at {metrics['unigram_cross_entropy']:.3f}.")
+            logger.info(
+                f"Its cross entropy under the training text's frequencies: {metrics['unigram_cross_entropy']:.3f}."
+            )
         return metrics
 
     @cached_property
     def evaluated(self) -> dict[str, Any]:
         model = {"model_name_or_path": self.model_args.model_name_or_path}
-        text = {name: getattr(self.data_args, name) for name in EVALUATED_FIELDS}
+        text = {name: getattr(self.data_args, name) for name in EVALUATION_TEXT_FIELDS}
         return model | text | {"content of the examples": self.evaluation_text}
 
     def model_card(self, state: TrainerState, metrics: str) -> str:

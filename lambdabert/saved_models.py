@@ -43,7 +43,7 @@ def check_case(sentence_transformer: Any, name: str) -> None:
         name: how the message calls it.
 
     Raises:
-        ValueError: it does.
+        ValueError: the model lower-cases text before a cased tokenizer.
     """
     lowers = getattr(sentence_transformer[0], "do_lower_case", False)
     if lowers and not getattr(sentence_transformer.tokenizer, "do_lower_case", False):
@@ -74,7 +74,9 @@ def load_with_missing(model_class: Any, name: str | Path, subfolder: str = "") -
         )
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} cannot be read: its weights are damaged or of another config ({reason})") from error
+        raise ValueError(
+            f"{name}: its weights are damaged or do not fit its config ({reason}); save or download the model again."
+        ) from error
     missing = set(found["missing_keys"])
     if isinstance(model, BertModel) and (pooler := {weight for weight in missing if weight.startswith("pooler.")}):
         model.pooler = None
@@ -103,17 +105,17 @@ def load_as_saved(name: str | Path) -> PreTrainedModel:
         )
     fields, _ = PreTrainedConfig.get_config_dict(name)
     architecture = next(iter(fields.get("architectures") or ()), None)
-    known = LambdaBertModel.__name__ if architecture is None else architecture
-    if known not in modeling_lambdabert.__all__:
+    class_name = LambdaBertModel.__name__ if architecture is None else architecture
+    if class_name not in modeling_lambdabert.__all__:
         raise ValueError(
-            f"model={name} was saved as a {known}, which is not of this library: name in `architectures` of its "
+            f"model={name} was saved as a {class_name}, which is not of this library: name in `architectures` of its "
             f"{CONFIG_NAME} the class of {modeling_lambdabert.__name__} that it is."
         )
-    model_class: Any = getattr(modeling_lambdabert, known)
+    model_class: Any = getattr(modeling_lambdabert, class_name)
     model, missing = load_with_missing(model_class, name)
     if missing:
         raise ValueError(
             f"model={name} has no weights for {', '.join(missing[:3])}, which would be random; train or save "
-            f"it as a {known}, or name in `architectures` of its {CONFIG_NAME} the class that it is."
+            f"it as a {class_name}, or name in `architectures` of its {CONFIG_NAME} the class that it is."
         )
     return model

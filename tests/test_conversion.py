@@ -249,6 +249,7 @@ class TestPositions:
         table = torch.arange(5.0)[:, None]
         assert extend_positions(table, 13).flatten().tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4]
         assert torch.equal(extend_positions(table, 3), table[:3])
+        assert extend_positions(table[3:4], 3).flatten().tolist() == [3, 3, 3]
 
     @pytest.mark.parametrize("scope", [5, None])
     def test_longer_than_the_bert(self, scope):

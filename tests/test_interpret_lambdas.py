@@ -212,6 +212,21 @@ class TestSwap:
         assert abs(divergence.mean() - divergence[1:-1].mean()) > 1e-5
         assert found["changed"] == (before.argmax(-1) != after.argmax(-1))[1:-1].double().mean().item()
 
+    def test_labels_of_a_text_are_no_tokens(self, folders):
+        """As many labels as the text has tokens, and no place among them is left out."""
+        _, tokenizer = load(folders, "ForMaskedLM")
+        first, second = (tokenizer(sentence, return_tensors="pt") for sentence in SENTENCES[:2])
+        labels = {"num_labels": first["input_ids"].shape[1], "problem_type": "multi_label_classification"}
+        model = modeling_lambdabert.LambdaBertForSequenceClassification.from_pretrained(folders / "Model", **labels)
+        torch.nn.init.normal_(model.classifier.weight)
+        *_, effect = swap_effects(model, first, second, predicted=[1, 2])
+        with torch.no_grad():
+            before = model(**first).logits[0].sigmoid()
+            with replace_lambdas(model, {0: second, 1: second}):
+                after = model(**first).logits[0].sigmoid()
+        divergence = before * (before / after).log() + (1 - before) * ((1 - before) / (1 - after)).log()
+        assert effect.divergence == pytest.approx(divergence.mean().item(), rel=1e-3)
+
     def test_a_text_with_itself_changes_nothing(self, folders):
         model, tokenizer = load(folders, "ForMaskedLM")
         inputs = tokenizer(SENTENCES[0], return_tensors="pt")
@@ -359,7 +374,7 @@ class TestRefusals:
             (("map", "one", "two", "--output", "b.html"), "text: 2 given, and map takes one"),
             (("map", "--output", "b.html"), "text: 0 given"),
             (("map", "the fox"), "output: map writes a page"),
-            (("map", " ", "--output", "b.html"), "text=' ' holds no word"),
+            (("map", " ", "--output", "b.html"), "text=' ' is empty"),
             (("map", "fox " * 60, "--output", "b.html"), "text='fox.*max_position_embeddings=40; shorten it"),
             (("map", "the fox", "--output", "mine.html"), "output=mine.html exists and is not overwritten"),
             (("map", "the fox", "--output", "b.html", "mine.html"), "output=mine.html exists"),
@@ -437,7 +452,7 @@ class TestRefusals:
                 ("the fox", "a dog", "--target", "middle"),
                 "target=middle: an answer has a start",
             ),
-            ("ForQuestionAnswering", ("the fox", " "), "text=' ' holds no word"),
+            ("ForQuestionAnswering", ("the fox", " "), "text=' ' is empty"),
             ("ForQuestionAnswering", ("the fox", "a dog " * 9), "both texts=.*has 4. tokens.*shorten it"),
         ],
     )

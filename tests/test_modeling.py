@@ -189,6 +189,13 @@ class TestLosses:
             == 0
         )
 
+    @pytest.mark.parametrize("given, missing", [("start", "end"), ("end", "start")])
+    def test_one_end_of_an_answer_is_no_answer(self, make_config, make_inputs, given, missing):
+        config = make_config()
+        inputs = make_inputs(LambdaBertForQuestionAnswering, config)
+        with pytest.raises(ValueError, match=f"{missing}_positions is missing"):
+            build(LambdaBertForQuestionAnswering, config)(**inputs, **{f"{given}_positions": torch.tensor([1, 2, 3])})
+
     def test_places_of_answers_may_be_columns(self, make_config, make_inputs):
         config = make_config()
         model = build(LambdaBertForQuestionAnswering, config).eval()
@@ -1125,8 +1132,9 @@ class TestRefusals:
     def test_positions_beyond_the_last(self, make_config):
         model, ids = build(LambdaBertModel, make_config()), torch.full((1, 3), 7)
         model(ids, position_ids=torch.tensor([[0, 1, 39]]))
-        with pytest.raises(ValueError, match="position_ids go up to 40"):
-            model(ids, position_ids=torch.tensor([[0, 1, 40]]))
+        for beyond, (lowest, highest) in (([0, 1, 40], (0, 40)), ([-1, 0, 1], (-1, 1))):
+            with pytest.raises(ValueError, match=f"position_ids range from {lowest} to {highest}, but"):
+                model(ids, position_ids=torch.tensor([beyond]))
 
     @pytest.mark.parametrize(
         "fill, value", [(0.0, -1e9), (0.0, float("-inf")), (1.0, float("nan")), (1.0, 0.5), (1, 2)]

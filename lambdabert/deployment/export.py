@@ -101,7 +101,7 @@ def check_request(format: str, quantize: str | None) -> None:
     """Refuses a format or quantisation that does not exist, and packages that are missing.
 
     Raises:
-        ValueError: which, and what to do.
+        ValueError: the format or the quantisation is unknown, or a package is missing.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format} is unknown; use one of {', '.join(FORMATS)}.")
@@ -117,7 +117,7 @@ def check_output(output: Path) -> None:
     """Refuses a folder that holds something or cannot be made.
 
     Raises:
-        ValueError: which.
+        ValueError: the folder holds something, is the current one or cannot be made.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={output} exists and is not overwritten; name a new folder or empty this one.")

@@ -32,8 +32,8 @@ class SimilarLengths(Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self), generator=generator)
-        some = self.batch_size * BATCHES_SORTED_TOGETHER
-        order = torch.cat([part[self.lengths[part].argsort(stable=True)] for part in order.split(some)])
+        window = self.batch_size * BATCHES_SORTED_TOGETHER
+        order = torch.cat([part[self.lengths[part].argsort(stable=True)] for part in order.split(window)])
         batches = order.split(self.batch_size)
         whole = batches[: len(self) // self.batch_size]
         shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator)]

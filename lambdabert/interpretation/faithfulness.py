@@ -113,7 +113,7 @@ def _places(token_mask: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 def removal(model: PreTrainedModel, example: Example, scores: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """How far the logit falls without the candidates with the highest scores [T], one number for each fraction."""
     prediction = Prediction(model, example.inputs, example.place, example.token)
-    order = example.candidates[scores.argsort(descending=True, stable=True)]
+    order = example.candidates.cpu()[scores.cpu().argsort(descending=True, stable=True)]
     texts = [prediction.input_ids]
     for fraction in FRACTIONS:
         removed = prediction.input_ids.clone()
@@ -174,7 +174,8 @@ def faithfulness(
             others are compared with the first.
 
     Returns:
-        For each method: "spearman" with leave-one-out, the mean over examples, with its "interval" (95 %, bootstrap);
+        For each method: "spearman" with leave-one-out, the mean over examples (0 for an example in which either is
+        constant), with its "interval" (95 %, bootstrap);
         "below the first" and its interval, of the same examples; "removal", the mean fall of the logit by fraction of
         tokens removed, with intervals; "processor seconds" for an example.
 
@@ -193,10 +194,12 @@ def faithfulness(
     falls: dict[str, list[torch.Tensor]] = {name: [] for name in methods}
     seconds = dict.fromkeys(methods, 0.0)
     for example in tqdm(examples, unit="text"):
-        truth = leave_one_out(model, example.inputs, example.place, example.token, mask_token_id)[0, example.candidates]
+        candidates = example.candidates.cpu()
+        falls_alone = leave_one_out(model, example.inputs, example.place, example.token, mask_token_id)[0]
+        truth = falls_alone.cpu()[candidates]
         for name, method in methods.items():
             start = time.process_time()
-            scores = method(model, example, mask_token_id)[example.candidates]
+            scores = method(model, example, mask_token_id).cpu()[candidates]
             seconds[name] += time.process_time() - start
             correlations[name].append(spearman(scores, truth))
             falls[name].append(removal(model, example, scores, mask_token_id))

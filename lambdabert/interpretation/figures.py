@@ -114,7 +114,9 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
             labelled = number == len(lines) - 1 and len(words) <= LABELS
             panel.set_xticks(range(len(words)) if labelled else [], words if labelled else [], fontsize=5, rotation=90)
     scale = ScalarMappable(Normalize(-1, 1), colour_map().resampled(BAR))
-    figure.colorbar(scale, ax=axes, location="bottom", aspect=40, shrink=0.5, pad=0.01, label="part of the map's scale")
+    figure.colorbar(
+        scale, ax=axes, location="bottom", aspect=40, shrink=0.5, pad=0.01, label="fraction of the map's scale"
+    )
     return figure
 
 
@@ -168,7 +170,7 @@ def draw_contributions(tokens: Sequence[str], ways: Mapping[str, Attribution], t
         panel.barh(range(len(tokens)), values.numpy(), color=colours)
         panel.axvline(0, color="black", linewidth=0.6)
         panel.set_title(name, fontsize=9)
-        panel.set_xlabel("part of the logit")
+        panel.set_xlabel("contribution to the logit")
     panels[0].set_yticks(range(len(tokens)), tokens)
     panels[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)

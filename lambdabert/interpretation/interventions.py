@@ -43,7 +43,7 @@ def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replaceme
             contents[index] = replacement
         else:
             raise ValueError(
-                f"replacements[{index}]={replacement!r} is no content lambda: give a tensor [K, V] or [B, K, V], "
+                f"replacements[{index}]={replacement!r} is not a content lambda: give a tensor [K, V] or [B, K, V], "
                 '"zero", "mean", or what the tokenizer returns for another text.'
             )
 

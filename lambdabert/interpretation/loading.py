@@ -57,7 +57,7 @@ class LoadedModel:
 
     Raises:
         ValueError: no LambdaBERT, weights that are missing, a model of choices, or no tokenizer of its own.
-        OSError: nothing is there.
+        OSError: there is a config, but no weights.
     """
 
     def __init__(self, name: str):
@@ -67,7 +67,8 @@ class LoadedModel:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"model={name} is no folder of a model, nor one that can be loaded from the hub ({reason})"
+                f"model={name} is neither the folder of a model nor one that the hub gives ({reason}): give the folder "
+                "of a saved LambdaBERT, or its hub name."
             ) from None
         if (kind := fields.get("model_type")) != "lambdabert":
             of_kind = f"is of type {kind}" if kind else "has no config.json of a model"
@@ -111,7 +112,7 @@ class LoadedModel:
         for text in texts:
             length = len(self.tokenizer(text)["input_ids"])
             if length <= empty:
-                raise ValueError(f"{what}={_shown(text)!r} holds no word; give some.")
+                raise ValueError(f"{what}={_shown(text)!r} is empty; give at least one word.")
             self._check_length(length, text, what)
         return self.tokenizer(list(texts), return_tensors="pt", padding=True)
 
@@ -328,7 +329,7 @@ class LoadedModel:
                 )
             return token
         if target not in (classes := self._classes()):
-            raise ValueError(f"target={target} is no class of the model; give one of {', '.join(classes)}.")
+            raise ValueError(f"target={target} is not a class of the model; give one of {', '.join(classes)}.")
         return classes.index(target)
 
 

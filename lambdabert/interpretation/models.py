@@ -44,7 +44,7 @@ def model_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str,
     """A tokenizer's output as the model's arguments, on its device, with a mask; labels are left out.
 
     Raises:
-        ValueError: no `input_ids`, or ids that are no tensor.
+        ValueError: no `input_ids`, or ids that are not a tensor.
     """
     input_ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if not isinstance(input_ids, torch.Tensor):

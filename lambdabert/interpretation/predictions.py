@@ -123,7 +123,7 @@ class Prediction:
             token: Index = ("start", "end").index(self.token)
         else:
             if isinstance(self.token, str):
-                raise ValueError(f"token={self.token!r} is no index: give a token's or class's number.")
+                raise ValueError(f"token={self.token!r} is not an index: give a token's or class's number.")
             token = self.token
             if "prediction_logits" in outputs and self.place is None:
                 logits = outputs.seq_relationship_logits[here]

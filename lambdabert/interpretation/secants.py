@@ -16,7 +16,7 @@ The lines are exact, so their composition is: by the chain rule, a backward pass
 product with the change of the input is the change of the output, to rounding. (Rules of this kind, for other networks:
 Shrikumar et al., "Learning Important Features Through Propagating Activation Differences", arXiv 1704.02685.)
 
-A pair is a tensor [2R, ...]: R rows of the input, then the same rows of the reference.
+A pair is a tensor [2B, ...]: B rows of the input, then the same rows of the reference.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def middle(pair: torch.Tensor) -> torch.Tensor:
 
 
 def secant(function: Callable[[torch.Tensor], torch.Tensor], pair: torch.Tensor) -> torch.Tensor:
-    """Slopes [R, ...] of an elementwise function between the two halves; where these are too close, its tangents."""
+    """Slopes [B, ...] of an elementwise function between the two halves; where these are too close, its tangents."""
     pair = pair.detach()
     change, difference = (first - second for first, second in (pair.chunk(2), function(pair).chunk(2)))
     centre = middle(pair)[: len(change)].requires_grad_()
@@ -110,7 +110,7 @@ def product(first: torch.Tensor, second: torch.Tensor, pattern: str) -> torch.Te
 
 
 def norm(module: Any, pair: torch.Tensor) -> torch.Tensor:
-    """A layer norm or RMS norm of [2R, ..., C]; other norms of evaluation mode are linear."""
+    """A layer norm or RMS norm of [2B, ..., C]; other norms of evaluation mode are linear."""
     if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return normalise(module, pair)
     centred = pair - pair.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else pair
@@ -122,7 +122,7 @@ def norm(module: Any, pair: torch.Tensor) -> torch.Tensor:
 
 
 def softmax(pair: torch.Tensor) -> torch.Tensor:
-    """Softmax over axis 1 of [2R, M, C]."""
+    """Softmax over axis 1 of [2B, M, C]."""
     weight = _both(secant(torch.exp, pair.detach().log_softmax(1)))
     common = (weight * pair).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
     return with_line(pair.softmax(1), weight * (pair - common))

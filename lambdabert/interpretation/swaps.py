@@ -23,7 +23,7 @@ class SwapEffect:
         hidden_states: length of the change of the last hidden states over their own, mean over tokens.
         divergence: of the predictions after from those before, Kullback-Leibler, nats, mean over the predictions;
             None without a head that classifies.
-        changed: part of the predictions whose likeliest class is another; None likewise.
+        changed: share of the predictions whose likeliest class is another; None likewise.
         likeliest: for each place asked for, the likeliest classes after it.
     """
 
@@ -71,9 +71,10 @@ def swap_effects(
         after = _log_probabilities(model, swapped)
         divergence = changed = None
         if before is not None and after is not None:
-            nats = (before.exp() * (before - after)).sum(-1)  # [1, N] of tokens, [1] or [1, C] of the text
+            nats = (before.exp() * (before - after)).sum(-1)  # [1, N] of tokens, [1] of classes, [1, C] of labels
+            of_tokens = nats.dim() == 2 and model.config.problem_type != "multi_label_classification"
             others_likeliest = before.argmax(-1) != after.argmax(-1)
-            if predicted is not None and nats.shape == inputs["input_ids"].shape:
+            if predicted is not None and of_tokens:
                 nats, others_likeliest = nats[:, [*predicted]], others_likeliest[:, [*predicted]]
             divergence, changed = nats.mean().item(), others_likeliest.double().mean().item()
         cosine = None

@@ -25,8 +25,8 @@ class Task:
     Attributes:
         name: of the file.
         texts, labels, splits: [S] each.
-        groups: [S], the word that decides a label, for control tasks and intervals; words that decide a single one
-            share a name by twos. None = unknown, of one example or of all.
+        groups: [S], the word that decides each label, for control tasks and intervals; words that occur once share a
+            group in pairs. None if the file names no target, or not that of every example.
     """
 
     name: str
@@ -152,8 +152,9 @@ def summary(name: str, found: Mapping[str, ProbeResult]) -> dict[str, Any]:
         found: of all rows, "bag of words" among them.
 
     Returns:
-        Accuracy, interval, number of groups of test examples, control accuracy, selectivity, codelength and whether the
-        row is "encoded": above bag of words and above the same row of every model of random weights, by more than the
+        Accuracy (mean and of each seed), interval, number of groups of test examples, dimension, regularisation
+        strength, control accuracy, selectivity, codelength and that of a uniform code, bits on dev, and whether the row
+        is "encoded": above bag of words and above the same row of every model of random weights, by more than the
         interval. That is None for rows that are themselves compared with.
     """
     result = found[name]

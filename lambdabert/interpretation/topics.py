@@ -1,5 +1,6 @@
 """Which texts are alike: nearest neighbours by the content lambda of each layer, next to the mean hidden state."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class Neighbours:
         row: the features: "content lambda i", "content lambda, all layers" or "mean hidden state i".
         nearest: int [S, T], the texts nearest to each, nearest first.
         cosines: [S, T]
-        same_topic: part of the texts whose nearest neighbour has their topic; None without topics.
+        same_topic: share of the texts whose nearest neighbour has their topic; None without topics.
         interval: of that, 95 %, bootstrap over topics.
     """
 
@@ -74,12 +75,13 @@ def neighbours(
         ValueError: fewer than 3 texts, other than S topics, no neighbour.
     """
     found = []
+    number_of = {topic: number for number, topic in enumerate(dict.fromkeys(topics or ()))}
     for name, rows in features.items():
         texts = len(rows)
         if texts < 3:
             raise ValueError(f"features have {texts} texts, of which none is nearer than another; give 3 or more.")
         if not 1 <= count < texts:
-            raise ValueError(f"count={count}: each of {texts} texts has {texts - 1} neighbours; give 1 to that.")
+            raise ValueError(f"count={count}: each text has {texts - 1} others; give 1 to {texts - 1}.")
         if topics is not None and len(topics) != texts:
             raise ValueError(f"topics has {len(topics)} entries for {texts} texts; give one for each.")
         directions = F.normalize(rows.double() - rows.double().mean(0), dim=-1)
@@ -87,7 +89,7 @@ def neighbours(
         nearest = cosines.topk(count)
         row = Neighbours(name, nearest.indices, nearest.values)
         if topics is not None:
-            numbers = torch.tensor([list(dict.fromkeys(topics)).index(topic) for topic in topics])
+            numbers = torch.tensor([number_of[topic] for topic in topics])
             same = (numbers[nearest.indices[:, 0]] == numbers).double()
             row.same_topic, row.interval = same.mean().item(), bootstrap_interval(same, numbers)
         found.append(row)
@@ -95,5 +97,6 @@ def neighbours(
 
 
 def chance(topics: Sequence[Any]) -> float:
-    """The part of texts that would have a neighbour of their topic if neighbours were drawn at random."""
-    return sum(topics.count(topic) - 1 for topic in topics) / (len(topics) * (len(topics) - 1))
+    """The share of texts that would have a neighbour of their topic if neighbours were drawn at random."""
+    counts = Counter(topics).values()
+    return sum(count * (count - 1) for count in counts) / (len(topics) * (len(topics) - 1))

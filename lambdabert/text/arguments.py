@@ -16,7 +16,7 @@ class CorpusArguments:
     """Which text to read, and how it falls into documents.
 
     Raises:
-        ValueError: If two sources are given, or a field holds a value that it cannot have.
+        ValueError: two sources are given, or a field holds a value that it cannot have.
     """
 
     _argument_group_name = "text"
@@ -152,7 +152,7 @@ class TextArguments(CorpusArguments):
     """Which text to read, how long examples are, and what is masked in them.
 
     Raises:
-        ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
+        ValueError: a field holds a value that it cannot have, or two fields contradict each other.
     """
 
     language: str | None = field(
@@ -165,7 +165,7 @@ class TextArguments(CorpusArguments):
     )
     eval_mlm_probability: float = field(
         default=0.15,
-        metadata={"help": "The same in evaluation, whose losses can be compared only where this is equal."},
+        metadata={"help": "Share of tokens to predict in evaluation; losses can be compared only where it is equal."},
     )
     mask_replace_prob: float = field(
         default=0.8, metadata={"help": "Share of the tokens to be predicted that [MASK] replaces."}
@@ -214,12 +214,12 @@ class TextArguments(CorpusArguments):
         """Refuses rows that are longer than a model takes.
 
         Args:
-            longest: What it takes, in tokens; None for any number.
-            name: What that is called.
-            advice: What to do.
+            longest: what it takes, in tokens; None for any number.
+            name: what that is called.
+            advice: what to do.
 
         Raises:
-            ValueError: If examples, or the rows that they are padded to, are longer.
+            ValueError: examples, or the rows that they are padded to, are longer.
         """
         if longest is None or self.longest_row <= longest:
             return
@@ -271,7 +271,7 @@ class DataArguments(TextArguments):
     """Which text to read, and how it becomes masked examples.
 
     Raises:
-        ValueError: If a field holds a value that it cannot have, or two fields contradict each other.
+        ValueError: a field holds a value that it cannot have, or two fields contradict each other.
     """
 
     mlm_probability: float = field(  # 0.15 as in BERT learns more slowly (docs/results.md)

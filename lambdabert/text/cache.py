@@ -41,11 +41,11 @@ def written_to_cache(cache_dir: str | None) -> Iterator[None]:
     """Says in one line why text could not be prepared.
 
     Args:
-        cache_dir: Where it is written; the cache of `datasets` if None.
+        cache_dir: where it is written; the cache of `datasets` if None.
 
     Raises:
-        UnwritableCacheError: If the cache is full, or closed to writing.
-        ValueError: As raised while the text was read.
+        UnwritableCacheError: the cache is full, or closed to writing.
+        ValueError: as raised while the text was read.
     """
     try:
         yield

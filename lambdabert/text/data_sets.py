@@ -29,7 +29,7 @@ def data_set_documents(
     """The documents of a data set's train split, and of its validation split if it is wanted and there.
 
     Raises:
-        ValueError: If it cannot be found or read, or has no train split or no such text column.
+        ValueError: it cannot be found or read, or has no train split or no such text column.
     """
     with _readable_data_set(name), written_to_cache(arguments.data_cache_dir), worker_processes():
         splits = _load_data_set(name, arguments)

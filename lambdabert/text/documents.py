@@ -36,8 +36,8 @@ class DocumentTexts:
     """The text of each document that has any, read anew by every iteration.
 
     Attributes:
-        documents: One document a row, in the column "text".
-        limit: How many texts to give at most; all if None.
+        documents: one document a row, in the column "text".
+        limit: how many texts to give at most; all if None.
     """
 
     documents: Dataset | IterableDataset
@@ -53,10 +53,10 @@ def detect_boundary(rows: Iterable[str | None], *, rows_are_lines: bool, lines_w
     """Tells what a document is from the first rows.
 
     Args:
-        rows: Lines of a text file, or the values of a text column.
-        rows_are_lines: Whether a blank row may separate documents, as in a text file. In a table it is a row without
+        rows: lines of a text file, or the values of a text column.
+        rows_are_lines: whether a blank row may separate documents, as in a text file. In a table it is a row without
             text.
-        lines_wrapped: Whether a paragraph goes over several lines, so that a blank line need not end a document.
+        lines_wrapped: whether a paragraph goes over several lines, so that a blank line need not end a document.
 
     Returns:
         "heading" if the first text is a WikiText title, "section" if lines are wrapped and there are gaps of one and
@@ -107,7 +107,7 @@ def group_rows(rows: Iterable[str | None], boundary: str, line_breaks: str = "ke
     """Joins rows into documents, one paragraph a line.
 
     Args:
-        rows: Lines of a text file, or the values of a text column.
+        rows: lines of a text file, or the values of a text column.
         boundary: "row", "blank_line", "section" or "heading". A title counts as one only after a blank line or at the
             start; a line that stands alone between two gaps belongs to the section after it.
         line_breaks: "keep" if a row is a paragraph, "join" if a paragraph goes on to the next blank row.
@@ -158,13 +158,13 @@ def write_documents(
     """Writes documents into the cache, or finds them there if `content` and the code are as they were.
 
     Args:
-        generator: Yields rows with a "text".
-        generator_arguments: What it is called with.
-        content: What decides the documents.
-        cache_dir: The cache; that of `datasets` if None.
+        generator: yields rows with a "text".
+        generator_arguments: what it is called with.
+        content: what decides the documents.
+        cache_dir: the cache; that of `datasets` if None.
 
     Raises:
-        UnwritableCacheError: If the cache is full, or closed to writing.
+        UnwritableCacheError: the cache is full, or closed to writing.
     """
     with written_to_cache(cache_dir):
         return Dataset.from_generator(
@@ -177,8 +177,8 @@ def write_documents(
         )
 
 
-def log_line_breaks(source: str, share: float, line_breaks: str | None) -> bool:
-    """Says whether the lines of a text file are hard-wrapped, and returns it."""
+def are_lines_wrapped(source: str, share: float, line_breaks: str | None) -> bool:
+    """Whether the lines of a text file are hard-wrapped; if so, logs what becomes of them."""
     if share < MOSTLY_WRAPPED:
         return False
     found = f"{share:.0%} of the line breaks within paragraphs are wraps"

@@ -38,16 +38,16 @@ class ExampleRecipe:
     """What examples are made of documents.
 
     Attributes:
-        objective: What they are for.
-        max_seq_length: Longest example in tokens, special ones included.
+        objective: what they are for.
+        max_seq_length: longest example in tokens, special ones included.
         language: ISO 639 code of the text's language, for finding sentences.
-        short_seq_probability: Share of pairs that aim at a random shorter length.
-        dupe_factor: How many times each training document is used, differently each time.
-        max_train_samples: Most training examples; all if None.
-        max_eval_samples: Most validation examples; all if None.
-        shuffle_buffer_size: Examples among which a stream is shuffled.
-        num_workers: Processes that prepare them.
-        cache_dir: Where they are kept; the cache of `datasets` if None.
+        short_seq_probability: share of pairs that aim at a random shorter length.
+        dupe_factor: how many times each training document is used, differently each time.
+        max_train_samples: most training examples; all if None.
+        max_eval_samples: most validation examples; all if None.
+        shuffle_buffer_size: examples among which a stream is shuffled.
+        num_workers: processes that prepare them.
+        cache_dir: where they are kept; the cache of `datasets` if None.
     """
 
     objective: Objective
@@ -143,8 +143,8 @@ class DocumentPool:
     """Tokenized documents, each of which may lend a random segment to another.
 
     Args:
-        tokenized: A `Dataset` or table with the columns of `DocumentTokenizer`.
-        usable: Indices of the documents that hold any token, ascending.
+        tokenized: a `Dataset` or table with the columns of `DocumentTokenizer`.
+        usable: indices of the documents that hold any token, ascending.
     """
 
     def __init__(self, tokenized: Dataset | pa.Table, usable: np.ndarray) -> None:
@@ -169,11 +169,11 @@ class ExampleBuilder:
     """Turns a batch of tokenized documents into examples.
 
     Args:
-        tokenizer: Gives the special tokens.
-        recipe: What they are like.
-        seed: Decides pairs, together with each document's own tokens.
-        copies: How many times each document is used.
-        pool: Where NSP's random segments come from; the batch itself if not given.
+        tokenizer: gives the special tokens.
+        recipe: what they are like.
+        seed: decides pairs, together with each document's own tokens.
+        copies: how many times each document is used.
+        pool: where NSP's random segments come from; the batch itself if not given.
     """
 
     def __init__(
@@ -203,8 +203,8 @@ class ExampleBuilder:
         """Builds the examples of some documents.
 
         Args:
-            documents: Columns of `DocumentTokenizer`.
-            indices: Where each document stands in the pool.
+            documents: columns of `DocumentTokenizer`.
+            indices: where each document stands in the pool.
         """
         batch = DocumentPool(documents, np.flatnonzero(pc.list_value_length(documents.column("input_ids"))))
         pool = self.pool if self.pool is not None else batch

@@ -45,7 +45,7 @@ def resolve_files(patterns: list[str], field_name: str) -> list[str]:
     """The files of paths, folders and glob patterns, each once.
 
     Raises:
-        ValueError: If there are none, or files of several kinds; it names `field_name`.
+        ValueError: there are none, or files of several kinds; it names `field_name`.
     """
     paths: dict[Path, str] = {}  # by where a name leads
     for pattern in patterns:
@@ -80,7 +80,7 @@ def file_kind(path: str) -> str:
     return FILE_KINDS.get(suffixes[-1], "text") if suffixes else "text"
 
 
-def content_hash(path: str) -> str:
+def file_hash(path: str) -> str:
     """A hash of the bytes of a file."""
     content = hashlib.blake2b()
     try:
@@ -96,7 +96,7 @@ def read_rows(path: str, text_column: str, encoding: str = "utf-8") -> Iterator[
     """Yields the lines of a text file, or the text column of CSV, JSON or Parquet; None where a row has no text.
 
     Raises:
-        UnreadableTextError: If the file is missing, binary, truncated, not of its encoding or kind, or lacks the
+        UnreadableTextError: the file is missing, binary, truncated, not of its encoding or kind, or lacks the
             column.
     """
     kind = file_kind(path)

@@ -21,9 +21,9 @@ class MaskingCollator(DataCollatorForLanguageModeling):
     of that example. Unknown and special tokens are never chosen.
 
     Attributes:
-        word_continues: Whether a token continues the word before it [vocab_size]; None chooses tokens, not words.
-        word_probability: Share of words to choose, of whose tokens `mlm_probability` are then to be predicted.
-        epoch: Masks differ between epochs.
+        word_continues: whether a token continues the word before it [vocab_size]; None chooses tokens, not words.
+        word_probability: share of words to choose, of whose tokens `mlm_probability` are then to be predicted.
+        epoch: masks differ between epochs.
     """
 
     word_probability: float = 1.0
@@ -66,7 +66,7 @@ def masking_collator(
     """Returns a collator for training, or for evaluation, whose epoch stays 0.
 
     Raises:
-        ValueError: If the tokenizer lacks a special token, or whole words are wanted of one that is not WordPiece.
+        ValueError: the tokenizer lacks a special token, or whole words are wanted of one that is not WordPiece.
     """
     whole_words = arguments.whole_word_mask
     share = arguments.mlm_probability if training else arguments.eval_mlm_probability

@@ -17,9 +17,9 @@ class Objective:
     """A task, and what its examples are like.
 
     Attributes:
-        name: As in `--objective`.
-        description: For model cards.
-        sentence_label: Column of the sentence task's labels; None without one.
+        name: as in `--objective`.
+        description: for model cards.
+        sentence_label: column of the sentence task's labels; None without one.
     """
 
     name: str

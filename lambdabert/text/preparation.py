@@ -41,16 +41,16 @@ class PreparationSummary:
     """What preparation found and made.
 
     Attributes:
-        unknown_share: Share of the examples' tokens, special ones left out, that are unknown and so never predicted.
-        single_sentence_share: Share of the documents that hold a single sentence, whose halves become A and B; None
+        unknown_share: share of the examples' tokens, special ones left out, that are unknown and so never predicted.
+        single_sentence_share: share of the documents that hold a single sentence, whose halves become A and B; None
             without pairs.
-        documents: Documents with text; of a stream, those that the shares were taken from.
-        skipped_rows: Rows without text, which were left out; None of a stream, as all below.
-        short_documents: Documents of a single token, too short for a pair, which were left out.
-        sentences: Sentences in all documents.
-        examples: Examples made of them.
-        tokens: Tokens in the examples, special ones included; none is padding.
-        cache_directory: Where the examples are kept.
+        documents: documents with text; of a stream, those that the shares were taken from.
+        skipped_rows: rows without text, which were left out; None of a stream, as all below.
+        short_documents: documents of a single token, too short for a pair, which were left out.
+        sentences: sentences in all documents.
+        examples: examples made of them.
+        tokens: tokens in the examples, special ones included; none is padding.
+        cache_directory: where the examples are kept.
     """
 
     unknown_share: float
@@ -107,11 +107,11 @@ def prepare_examples(
     """Turns documents into unpadded, unmasked examples.
 
     Args:
-        documents: One document a row, paragraphs on lines, in the column "text".
-        tokenizer: A fast tokenizer with the special tokens of BERT.
-        recipe: What the examples are like.
-        seed: Decides pairs, and the order of a stream.
-        training: Whether `dupe_factor`, `max_train_samples` and a stream's shuffling apply; otherwise
+        documents: one document a row, paragraphs on lines, in the column "text".
+        tokenizer: a fast tokenizer with the special tokens of BERT.
+        recipe: what the examples are like.
+        seed: decides pairs, and the order of a stream.
+        training: whether `dupe_factor`, `max_train_samples` and a stream's shuffling apply; otherwise
             `max_eval_samples` does.
 
     Returns:
@@ -120,7 +120,7 @@ def prepare_examples(
         documents, tokenizer, recipe and code are the same. Of an `IterableDataset` nothing is kept.
 
     Raises:
-        ValueError: If the tokenizer does not fit (`check_tokenizer`), no example can be made, there is a single
+        ValueError: the tokenizer does not fit (`check_tokenizer`), no example can be made, there is a single
             document where NSP needs two, or every token of the text is unknown.
     """
     check_tokenizer(tokenizer, pairs=recipe.objective.has_pairs)

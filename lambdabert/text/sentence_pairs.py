@@ -49,8 +49,8 @@ def cut_sentences(sentence_lengths: Iterable[int], longest: int) -> list[int]:
     """Cuts sentences longer than `longest` into even parts.
 
     Args:
-        sentence_lengths: Tokens in each sentence of a document.
-        longest: Most tokens a part may have.
+        sentence_lengths: tokens in each sentence of a document.
+        longest: most tokens a part may have.
 
     Returns:
         The token at which each part starts, and the end of the last.
@@ -71,11 +71,11 @@ class Pair(NamedTuple):
     """Two neighbouring segments of a document, as token offsets: A is [start, middle), B is [middle, stop).
 
     Attributes:
-        start: First token of A.
-        middle: First token of B.
-        stop: End of B.
-        room: Most tokens that another segment in B's place may have.
-        positive: Whether A and B stay as they are.
+        start: first token of A.
+        middle: first token of B.
+        stop: end of B.
+        room: most tokens that another segment in B's place may have.
+        positive: whether A and B stay as they are.
     """
 
     start: int
@@ -93,11 +93,11 @@ def draw_pairs(
     A sentence that would be left alone at the end is paired with the one before it.
 
     Args:
-        bounds: As `sentence_bounds` gives them, no sentence longer than half of `budget`.
-        budget: Most tokens in A and B together.
-        short_seq_probability: Share of pairs that aim at a random length of 2 to `budget` tokens.
-        rng: Decides lengths, the place of the cut, and which half of the pairs is positive.
-        replace_second: Whether the B of a negative pair is replaced (NSP), so that its text is left for the next
+        bounds: as `sentence_bounds` gives them, no sentence longer than half of `budget`.
+        budget: most tokens in A and B together.
+        short_seq_probability: share of pairs that aim at a random length of 2 to `budget` tokens.
+        rng: decides lengths, the place of the cut, and which half of the pairs is positive.
+        replace_second: whether the B of a negative pair is replaced (NSP), so that its text is left for the next
             pair.
     """
     last = len(bounds) - 1
@@ -124,9 +124,9 @@ def draw_random_segment(sentence_lengths: np.ndarray, room: int, rng: random.Ran
     """Draws whole sentences from a random place that fit into `room` tokens; only if few fit, the head of one.
 
     Args:
-        sentence_lengths: Tokens in each sentence of a document [sentences].
-        room: Most tokens to draw.
-        rng: Decides the place.
+        sentence_lengths: tokens in each sentence of a document [sentences].
+        room: most tokens to draw.
+        rng: decides the place.
     """
     for _ in range(RANDOM_SEGMENT_TRIES):
         first = rng.randrange(len(sentence_lengths))

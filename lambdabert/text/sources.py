@@ -15,10 +15,10 @@ from lambdabert.text.data_sets import data_set_documents
 from lambdabert.text.documents import (
     DOCUMENT_FEATURES,
     LINES_INSPECTED,
+    are_lines_wrapped,
     detect_boundary,
     group_rows,
     log_boundary,
-    log_line_breaks,
     wrapped_share,
     write_documents,
 )
@@ -26,7 +26,7 @@ from lambdabert.text.files import (
     DEFAULT_ENCODING,
     DEFAULT_TEXT_COLUMN,
     UnreadableTextError,
-    content_hash,
+    file_hash,
     file_kind,
     read_rows,
     resolve_files,
@@ -44,11 +44,11 @@ def load_corpus(
     """Reads the text and finds its documents.
 
     Args:
-        arguments: The sources.
-        train: Whether training documents are wanted.
-        evaluate: Whether validation documents are wanted. They are the validation files or the data set's own
+        arguments: the sources.
+        train: whether training documents are wanted.
+        evaluate: whether validation documents are wanted. They are the validation files or the data set's own
             validation split; without either, a share of the training documents is held out.
-        seed: Chooses the documents that are held out.
+        seed: chooses the documents that are held out.
 
     Returns:
         Under "train" and "validation", as wanted, a data set with the column "text" and one document a row; a row
@@ -56,9 +56,8 @@ def load_corpus(
         `IterableDataset`; validation documents never are.
 
     Raises:
-        ValueError: If a file, a data set or a column is missing, empty, unreadable or not what its name says, if an
-            option has no effect on these sources, if there is nothing to train on, or too little to hold documents
-            out.
+        ValueError: a file, a data set or a column is missing, empty, unreadable or not what its name says; an
+            option has no effect on these sources; there is nothing to train on, or too little to hold documents out.
     """
     _check_source(arguments)
     documents = {}
@@ -77,7 +76,7 @@ def read_files(
     """Yields the documents of files. No document goes on from one file into the next.
 
     Raises:
-        ValueError: If a file cannot be read to its end, holds no text, or lacks the column.
+        ValueError: a file cannot be read to its end, holds no text, or lacks the column.
     """
     for path in paths:
         has_text = False
@@ -148,7 +147,7 @@ def _file_documents(arguments: CorpusArguments, field_name: str, *, streaming: b
     wrapped = False
     if is_text:
         rows = lines = [row or "" for row in itertools.islice(rows, LINES_INSPECTED)]
-        wrapped = log_line_breaks(field_name, wrapped_share(lines), arguments.line_breaks)
+        wrapped = are_lines_wrapped(field_name, wrapped_share(lines), arguments.line_breaks)
     boundary = arguments.document_boundary
     if boundary == "auto":
         boundary = detect_boundary(rows, rows_are_lines=is_text, lines_wrapped=wrapped or line_breaks == "join")
@@ -166,7 +165,7 @@ def _file_documents(arguments: CorpusArguments, field_name: str, *, streaming: b
         for path in paths:
             next(read_files(**{**read_arguments, "paths": [path]}))
         return IterableDataset.from_generator(read_files, features=DOCUMENT_FEATURES, gen_kwargs=read_arguments)
-    contents = [(file_kind(path), content_hash(path)) for path in paths]
+    contents = [(file_kind(path), file_hash(path)) for path in paths]
     return write_documents(
         read_files,
         read_arguments,

@@ -24,7 +24,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False, 
     """Refuses a tokenizer with which examples cannot be made or masked.
 
     Raises:
-        ValueError: If a special token is missing or not put around a text, the tokenizer is not a fast one, `pairs` are
+        ValueError: a special token is missing or not put around a text, the tokenizer is not a fast one, `pairs` are
             to be made and it joins two texts in another way than BERT's, or whole words are to be masked and it does
             not mark the parts of words, as WordPiece does.
     """
@@ -83,13 +83,13 @@ def train_wordpiece(
     words of 100, where BERT's would make it a single unknown token.
 
     Args:
-        texts: Documents, which are iterated over several times. `<unk>` in them is not learned.
-        vocab_size: Largest number of tokens, special ones included.
-        lowercase: Whether to drop case and accents.
-        max_length: Stored as the tokenizer's `model_max_length`.
+        texts: documents, which are iterated over several times. `<unk>` in them is not learned.
+        vocab_size: largest number of tokens, special ones included.
+        lowercase: whether to drop case and accents.
+        max_length: stored as the tokenizer's `model_max_length`.
 
     Raises:
-        ValueError: If `texts` is an iterator, which has only one pass, if there is no text, or if `vocab_size` is
+        ValueError: `texts` is an iterator, which has only one pass; there is no text; or `vocab_size` is
             smaller than the alphabet of the texts needs.
     """
     if isinstance(texts, Iterator):

@@ -78,7 +78,9 @@ def make_config(
             raise ValueError(f"{option}={name} is a {kind!r} model; name the folder of a LambdaBERT.")
     unknown = sorted(set(changes) - set(LambdaBertConfig().to_dict()))
     if unknown:
-        raise ValueError(f"config_overrides: LambdaBertConfig has no field {', '.join(unknown)}.")
+        raise ValueError(
+            f"config_overrides: LambdaBertConfig has no field {', '.join(unknown)}; leave it out, or correct its name."
+        )
     return LambdaBertConfig(**{**values, **changes})
 
 
@@ -88,7 +90,7 @@ def peak_learning_rate(layers: int, hidden_size: int, tokens: int) -> float:
     Args:
         layers: the rate falls with their square root.
         hidden_size: D; the rate is in inverse proportion to it.
-        tokens: of a step; fewer than 4096 are noisy, and lower the rate by their square root.
+        tokens: of a step; below 4096 its gradient is noisier, and the rate falls with their square root.
     """
     size = (RATED_LAYERS / layers) ** 0.5 * RATED_WIDTH / hidden_size
     return float(f"{RATE * size * min(1.0, tokens / RATED_TOKENS) ** 0.5:.3g}")
@@ -216,22 +218,28 @@ def make_model(
     try:
         loaded: Any = model_class.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"{source} holds no weights that can be read ({error}).") from error
+        raise ValueError(
+            f"model_name_or_path={source} holds no weights that can be read ({error}); name another model."
+        ) from error
     except RuntimeError as error:
-        raise ValueError(f"The weights of {source} have another shape than the config ({error}): {advice}.") from error
+        raise ValueError(
+            f"model_name_or_path={source}: its weights have another shape than the config ({error}): {advice}."
+        ) from error
     model, report = loaded
     added = [name for name in report["missing_keys"] if name.endswith(NEUTRAL)]
     if added and LambdaBertConfig.get_config_dict(source)[0].get(NEUTRAL_FIELD) is not None:
         added = []  # the source should have them
     if added:
         logger.info(f"New weights of the encoder, which start at 0: {', '.join(sorted(added))}.")
-    check_encoder(source, set(report["missing_keys"]).difference(added), report["unexpected_keys"], advice)
+    check_loaded_encoder(source, set(report["missing_keys"]).difference(added), report["unexpected_keys"], advice)
     if bad := non_finite_weights(model):
-        raise ValueError(f"{source} has weights that are not finite ({', '.join(bad[:3])}); name another model.")
+        raise ValueError(
+            f"model_name_or_path={source} has weights that are not finite ({', '.join(bad[:3])}); name another model."
+        )
     return model
 
 
-def check_encoder(source: str, missing: Collection[str], left_out: Collection[str], advice: str) -> None:
+def check_loaded_encoder(source: str, missing: Collection[str], left_out: Collection[str], advice: str) -> None:
     """Refuses a model whose encoder was not loaded as it is, and logs which other weights are new or left out.
 
     Args:
@@ -247,7 +255,9 @@ def check_encoder(source: str, missing: Collection[str], left_out: Collection[st
     parts = [f"lacks {', '.join(lacks[:3])}"] if lacks else []
     parts += [f"has no place for {', '.join(unknown[:3])}"] if unknown else []
     if parts:
-        raise ValueError(f"The encoder of {source} does not fit the config: it {' and '.join(parts)}; {advice}.")
+        raise ValueError(
+            f"model_name_or_path={source}: its encoder does not fit the config: it {' and '.join(parts)}; {advice}."
+        )
     if missing:
         logger.info(f"New weights, which {source} does not have: {', '.join(sorted(missing))}.")
     if left_out:

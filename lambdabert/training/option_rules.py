@@ -12,7 +12,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
-from lambdabert.training.recipes import OBJECTS_IN_FILES, OBJECTS_IN_TEXT, numbers, parse_overrides, read_object
+from lambdabert.training.recipes import OBJECTS_IN_FILES, OBJECTS_IN_TEXT, floats_in, parse_overrides, read_object
 from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 
 DEFAULT_OUTPUT_DIR = "models"
@@ -133,26 +133,26 @@ STEPWISE = Need(
     "eval_strategy=steps",
 )
 WHILE_TRAINING = Need(_evaluates_while_training, "evaluations while training, by eval_steps or eval_strategy")
-CHECKPOINTS = Need(lambda options: _value(options.save_strategy) != "no", "another save_strategy than no")
+CHECKPOINTS = Need(lambda options: _value(options.save_strategy) != "no", "a save_strategy other than no")
 HUB = Need(lambda options: options.push_to_hub, "push_to_hub")
 TRACKIO = Need(lambda options: _tracked_by(options, "trackio"), "report_to=trackio")
 WORKERS = Need(lambda options: options.dataloader_num_workers > 0, "dataloader_num_workers above 0")
 TRAINED_TOKENIZER = Need(lambda options: options.train_tokenizer, "train_tokenizer")
 ADAM = Need(
     lambda options: _value(options.optim) not in OPTIMIZERS_WITHOUT_ADAM,
-    f"an optimizer with it, not optim={', '.join(OPTIMIZERS_WITHOUT_ADAM)}",
+    f"an Adam optimizer (optim other than {', '.join(OPTIMIZERS_WITHOUT_ADAM)})",
 )
 WARM_UP = Need(
     lambda options: _value(options.lr_scheduler_type) not in SCHEDULES_WITHOUT_WARMUP,
-    f"a schedule that warms up, not lr_scheduler_type={', '.join(SCHEDULES_WITHOUT_WARMUP)}",
+    f"a schedule that warms up (lr_scheduler_type other than {', '.join(SCHEDULES_WITHOUT_WARMUP)})",
 )
 SCHEDULE_ARGUMENTS = Need(
     lambda options: _value(options.lr_scheduler_type) not in SCHEDULES_WITHOUT_ARGUMENTS,
-    f"a schedule with settings, not lr_scheduler_type={', '.join(SCHEDULES_WITHOUT_ARGUMENTS)}",
+    f"a schedule with settings (lr_scheduler_type other than {', '.join(SCHEDULES_WITHOUT_ARGUMENTS)})",
 )
 OPTIMIZER_ARGUMENTS = Need(
     lambda options: _value(options.optim) not in OPTIMIZERS_WITHOUT_ARGUMENTS,
-    f"an optimizer that reads it, not optim={', '.join(OPTIMIZERS_WITHOUT_ARGUMENTS)}",
+    f"an optimizer that reads it (optim other than {', '.join(OPTIMIZERS_WITHOUT_ARGUMENTS)})",
 )
 LOW_RANK = Need(
     lambda options: _value(options.optim).startswith(("galore", "apollo")), "an optim that begins with galore or apollo"
@@ -224,12 +224,12 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
     (STEPWISE, ("eval_steps",)),
     (WHILE_TRAINING, ("eval_delay", "eval_on_start")),
     (
-        Need(lambda options: options.max_steps <= 0, "max_steps=-1, since max_steps says how long to train"),
+        Need(lambda options: options.max_steps <= 0, "max_steps left out, which decides how long to train"),
         ("num_train_epochs",),
     ),
     (Need(lambda options: _value(options.logging_strategy) == "steps", "logging_strategy=steps"), ("logging_steps",)),
     (
-        Need(lambda options: _value(options.logging_strategy) != "no", "another logging_strategy than no"),
+        Need(lambda options: _value(options.logging_strategy) != "no", "a logging_strategy other than no"),
         ("logging_first_step",),
     ),
     (Need(lambda options: _value(options.save_strategy) == "steps", "save_strategy=steps"), ("save_steps",)),
@@ -312,7 +312,7 @@ def check_values(values: dict[str, Any]) -> None:
             raise ValueError("deepspeed is an empty object: give it settings, or leave it out.")
         if name == "config_overrides":
             value = parse_overrides(value)
-        if not all(map(math.isfinite, numbers(value))):
+        if not all(map(math.isfinite, floats_in(value))):
             raise ValueError(f"{name}={value} must be a finite number.")
         if name in AT_LEAST and value < AT_LEAST[name]:
             raise ValueError(f"{name}={value} must be {AT_LEAST[name]} or more.")

@@ -114,12 +114,12 @@ def name_type(hint: Any) -> str:
     return " or ".join(names)
 
 
-def numbers(value: Any) -> Iterable[float]:
-    """All numbers within a JSON value."""
+def floats_in(value: Any) -> Iterable[float]:
+    """All numbers within a JSON value but whole ones, which are finite."""
     if isinstance(value, float):
         yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from numbers(item)
+        yield from floats_in(item)
 
 
 def read_object(name: str, text: str) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def describe_run(
 def unigram_baseline(train_examples: Any, eval_examples: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """How well token frequencies alone predict the evaluation text, in nats per token.
 
+    Of each text, the first 200,000 examples are counted, special tokens left out.
+
     Args:
         train_examples: prepared training text, a stream of it, or None.
         eval_examples: prepared evaluation text.
@@ -108,12 +110,12 @@ def curve(history: History, name: str, axis: str) -> tuple[list[float], list[flo
 
 def plot_curves(
     history: History, file: str | Path, loss: str = "mlm_loss", label: str = "MLM loss (nats per masked token)"
-) -> bool:
-    """Draws a loss of training and validation over steps and over time; returns whether there was anything to draw."""
+) -> None:
+    """Draws a loss of training and validation over steps and over time, if there is anything to draw."""
     names = {loss: "training", f"eval_{loss}": "validation"}
     drawn = {name: split for name, split in names.items() if curve(history, name, "step")[0]}
     if not drawn:
-        return False
+        return
     longest = max(record["seconds"] for record in history if "seconds" in record)
     unit, seconds = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 120 else ("seconds", 1)
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -129,7 +131,6 @@ def plot_curves(
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=150)
-    return True
 
 
 def training_summary(history: History) -> dict[str, float]:

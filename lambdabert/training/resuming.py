@@ -18,8 +18,8 @@ from transformers.utils import CONFIG_NAME
 
 from lambdabert.training.checkpoints import CheckpointError, load_values, step_of
 
-# implementations of one optimizer, which change nothing but rounding
-FACTORS = {"exp_avg_sq_row", "exp_avg_sq_col"}
+FACTORS = {"exp_avg_sq_row", "exp_avg_sq_col"}  # of Adafactor's second moment
+# how the same optimizer is computed, which changes rounding alone
 OPTIMIZER_IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")
 # fields of a saved config that say how it was saved
 SAVING_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")

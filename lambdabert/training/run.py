@@ -51,8 +51,8 @@ from lambdabert.training.settings import (
     RATE_FIELDS,
     changeable_fields,
     changed_now,
-    content_hash,
     earlier_values,
+    examples_hash,
     run_settings,
 )
 from lambdabert.training.trainer import InterruptibleTrainer
@@ -225,7 +225,7 @@ class TrainingRun(ABC):
             )
         self.check_own_options()
         if self.data_args.streaming and args.max_steps <= 0:
-            raise ValueError("streaming has no known length: give --max_steps.")
+            raise ValueError("streaming=True: the length of a stream is not known; give --max_steps.")
         if args.fsdp and args.device.type == "cpu":
             raise ValueError("fsdp shards over accelerators, and there is none here; drop --fsdp.")
         if self.data_args.streaming:
@@ -517,7 +517,7 @@ class TrainingRun(ABC):
     @cached_property
     def evaluation_text(self) -> str | None:
         """Distinguishes masked texts of evaluation; None without one, or if it cannot be told."""
-        text = content_hash(self.examples.get("validation"))
+        text = examples_hash(self.examples.get("validation"))
         return None if text is None else f"{text}, {self.data_args.eval_mlm_probability:g} masked"
 
     def evaluate(self, trainer: InterruptibleTrainer) -> dict[str, float]:

@@ -21,7 +21,7 @@ EXAMPLES_HASHED_AT_A_TIME = 10_000
 # where and how fast data are prepared, not what they are
 PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers")
 # what is evaluated
-EVALUATED_FIELDS = ("validation_file", "max_eval_samples", "eval_mlm_probability")
+EVALUATION_DATA_FIELDS = ("validation_file", "max_eval_samples", "eval_mlm_probability")
 # arguments of the Trainer that decide neither weights nor which of them are the result
 WATCHING_FIELDS = (
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
@@ -49,7 +49,7 @@ BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 EXAMPLES_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x processes"
 ORDERS_BY_BATCH = ("group_by_length", "batch_rebalance")
 # what decides a learning rate, or a result, that depends on the course of evaluation
-EVALUATION_FIELDS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
+EVALUATION_SCHEDULE_FIELDS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 SCHEDULES_BY_EVALUATION = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 # how long a run is
 LENGTH_FIELDS = ("max_steps", "num_train_epochs", "attention_steps")
@@ -74,7 +74,7 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Trainer's arguments that decide the weights of the result, and the number of examples in a step."""
     ignored = {*WATCHING_FIELDS, *COMPUTING_FIELDS, *BATCH_FIELDS}
     if depends_on_evaluation(args):
-        ignored -= {*EVALUATION_FIELDS}
+        ignored -= {*EVALUATION_SCHEDULE_FIELDS}
     if args.load_best_model_at_end:
         ignored -= {"save_strategy", "save_steps"}
     if args.train_sampling_strategy in ORDERS_BY_BATCH:
@@ -84,7 +84,7 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
     return settings | {EXAMPLES_OF_A_STEP: examples_of_a_step(args)}
 
 
-def content_hash(examples: Dataset | IterableDataset | None) -> str | None:
+def examples_hash(examples: Dataset | IterableDataset | None) -> str | None:
     """Distinguishes prepared texts by the examples themselves, whatever version of this code prepared them.
 
     None for a stream's, which are not known yet, and where there are no examples.
@@ -127,16 +127,16 @@ def run_settings(
         examples: the prepared text of "train" and "validation".
         model_settings: fields of the group "model" beside the config's.
     """
-    ignored = {*PLACE_AND_SPEED_FIELDS, *EVALUATED_FIELDS}
+    ignored = {*PLACE_AND_SPEED_FIELDS, *EVALUATION_DATA_FIELDS}
     data = {name: value for name, value in asdict(data_args).items() if name not in ignored}
-    data["content of the examples"] = content_hash(examples.get("train"))
+    data["content of the examples"] = examples_hash(examples.get("train"))
     data["tokenizer"] = tokenizer_hash(tokenizer)
     training = training_settings(training_args)
     if data_args.streaming:
         # each process of the loader reads a part of the stream
         training["dataloader_num_workers"] = training_args.dataloader_num_workers
     if depends_on_evaluation(training_args):
-        data["content of the evaluation examples"] = content_hash(examples.get("validation"))
+        data["content of the evaluation examples"] = examples_hash(examples.get("validation"))
         data["eval_mlm_probability"] = data_args.eval_mlm_probability
     config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
     settings = {"data": data, "model": {**config, **model_settings}, "training": training}

@@ -10,6 +10,9 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def load_tokenizer(name: str, option: str = "tokenizer_name") -> PreTrainedTokenizerBase:
     """Loads a tokenizer from a folder, a vocabulary file (one token a line) or the hub.
 
+    A vocabulary alone does not say whether it is cased: it is taken for uncased if no token has an upper-case letter,
+    those in brackets aside.
+
     Args:
         name: the folder, file or hub name.
         option: where the user named it.

@@ -108,6 +108,6 @@ def test_curves_are_drawn_from_the_log(tmp_path):
         {"step": 1, "seconds": 10.0, "mlm_loss": 5.0},
         {"step": 2, "seconds": 20.0, "eval_mlm_loss": 4.0},
     ]
-    assert plot_curves(history, tmp_path / "curves.png")
-    assert not plot_curves([{"step": 1, "seconds": 1.0}], tmp_path / "nothing.png")
+    plot_curves(history, tmp_path / "curves.png")
+    plot_curves([{"step": 1, "seconds": 1.0}], tmp_path / "nothing.png")
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]

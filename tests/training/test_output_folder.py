@@ -12,7 +12,7 @@ from lambdabert.training.arguments import RunArguments
 from lambdabert.training.output_folder import CODE_FILES, RUN_FILES, check_output_folder
 from lambdabert.training.settings import (
     COMPUTING_FIELDS,
-    EVALUATION_FIELDS,
+    EVALUATION_SCHEDULE_FIELDS,
     LENGTH_FIELDS,
     RATE_FIELDS,
     WATCHING_FIELDS,
@@ -94,6 +94,6 @@ def test_files_of_a_run_are_known(finished):
 
 def test_arguments_that_may_change_exist():
     known = {field.name for field in fields(RunArguments)}
-    assert {*WATCHING_FIELDS, *COMPUTING_FIELDS, *EVALUATION_FIELDS} <= known
+    assert {*WATCHING_FIELDS, *COMPUTING_FIELDS, *EVALUATION_SCHEDULE_FIELDS} <= known
     of_distillation = {"attention_steps", "attention_learning_rate"}
     assert {*LENGTH_FIELDS, *RATE_FIELDS} - of_distillation <= known

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, modeling_utils
 
 import run_language_modeling
 from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
-from lambdabert.training.settings import content_hash
+from lambdabert.training.settings import examples_hash
 from lambdabert.training.trainer import PretrainingTrainer
 from training_support import (
     assert_same_weights,
@@ -437,19 +437,19 @@ def test_text_prepared_by_other_code_is_the_same_run_if_the_examples_are(text, f
 def test_the_hash_of_examples_is_that_of_their_content():
     rows = [[1, 2, 3], [4], [5, 6]]
     examples = Dataset.from_dict({"input_ids": rows, "label": [0, 1, 0]})
-    known = content_hash(examples)
+    known = examples_hash(examples)
     again = Dataset.from_dict({"label": [0, 1, 0, 1], "input_ids": [*rows, [7]]}).select([0, 1, 2])
-    assert known == content_hash(again)
+    assert known == examples_hash(again)
     pieces = [Dataset.from_dict({"input_ids": rows[i : i + 1], "label": [i % 2]}) for i in range(3)]
-    assert known == content_hash(concatenate_datasets(pieces))
+    assert known == examples_hash(concatenate_datasets(pieces))
     for changed, labels in (
         ([[1, 2], [3, 4], [5, 6]], [0, 1, 0]),
         ([[1, 2, 3], [4], [5, 7]], [0, 1, 0]),
         (rows, [0, 1, 1]),
         ([rows[1], rows[0], rows[2]], [0, 1, 0]),
     ):
-        assert known != content_hash(Dataset.from_dict({"input_ids": changed, "label": labels}))
-    assert content_hash(examples.to_iterable_dataset()) is None
+        assert known != examples_hash(Dataset.from_dict({"input_ids": changed, "label": labels}))
+    assert examples_hash(examples.to_iterable_dataset()) is None
 
 
 def test_an_edited_card_stays_when_the_result_is_evaluated_on_another_text(text, finished, tmp_path, caplog):
