@@ -1,6 +1,7 @@
 """A trained BERT becomes a LambdaBERT: what is copied is equal, what is not is named, what cannot be is refused."""
 
 import importlib
+import json
 import logging
 
 import pytest
@@ -74,9 +75,10 @@ class TestCopies:
         bert = tiny_bert(
             BertForSequenceClassification, **fields, id2label=labels, label2id={v: k for k, v in labels.items()}
         )
-        bert.config.output_hidden_states = True  # of a program, not of the model
+        bert.config.output_hidden_states, bert.config.return_dict = True, False  # of a program, not of the model
         config = LambdaBertForSequenceClassification.from_bert(bert, **SETTINGS).config
-        assert {name: getattr(config, name) for name in fields} == fields and not config.output_hidden_states
+        assert {name: getattr(config, name) for name in fields} == fields
+        assert not config.output_hidden_states and config.return_dict
         assert config.id2label == labels and config.label2id == bert.config.label2id
         assert (config.vocab_size, config.max_position_embeddings) == (60, 40)
         assert {name: getattr(config, name) for name in SETTINGS} == SETTINGS
@@ -291,6 +293,14 @@ class TestRefusals:
             with pytest.raises(ValueError, match=named):
                 LambdaBertModel.from_bert(source, **SETTINGS)
 
+    def test_cross_attention_without_a_decoder(self, tmp_path):
+        """No such BERT can be built, but a config can say so."""
+        tiny_bert().save_pretrained(tmp_path)
+        fields = json.loads((tmp_path / "config.json").read_text()) | {"add_cross_attention": True}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match="add_cross_attention=True: LambdaBERT is an encoder"):
+            LambdaBertModel.from_bert(tmp_path, **SETTINGS)
+
     @pytest.mark.parametrize("name", ["RobertaModel", "DistilBertModel", "BertGenerationEncoder"])
     def test_other_architectures(self, name, tmp_path):
         model_class = getattr(transformers, name)
@@ -313,7 +323,9 @@ class TestRefusals:
         with pytest.raises(OSError):
             LambdaBertModel.from_bert("nobody/has-such-a-model")
 
-    @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
+    @pytest.mark.parametrize(
+        "field", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "type_vocab_size"]
+    )
     def test_settings_that_contradict_the_weights(self, field):
         with pytest.raises(ValueError, match=f"{field}=12 contradicts"):
             LambdaBertModel.from_bert(tiny_bert(), **SETTINGS, **{field: 12})
@@ -357,6 +369,15 @@ def test_report_reads_well(caplog):
     assert lambdas <= {*report.fresh, *report.computed}
 
 
+def test_report_names_heads_where_they_belong():
+    model = LambdaBertForSequenceClassification.from_bert(tiny_bert(BertForPreTraining), **SETTINGS)
+    fresh, left_out = str(model.conversion_report).splitlines()[2:]
+    assert fresh.startswith("fresh") and "classifier.weight" in fresh and "cls." not in fresh
+    assert (
+        left_out.startswith("left out") and "cls.seq_relationship.weight" in left_out and "classifier" not in left_out
+    )
+
+
 LOADED_ELSEWHERE = """
 import sys
 import torch
@@ -381,10 +402,13 @@ def test_saved_folder_serves_a_new_process_and_converts_there(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(torch.arange(5, 15)[None]).logits)
 
 
-def test_a_folder_that_lacks_weights_of_the_encoder_is_refused(tmp_path):
-    tiny_bert().save_pretrained(tmp_path)
+@pytest.mark.parametrize("model_class", [LambdaBertModel, LambdaBertForMaskedLM])
+def test_a_folder_that_lacks_weights_of_the_encoder_is_refused(model_class, tmp_path):
+    bert = tiny_bert(own_bert_class(model_class))
+    bert.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    weights.pop("encoder.layer.0.output.dense.bias")
+    (lost,) = (name for name in weights if name.endswith("encoder.layer.0.output.dense.bias"))
+    weights.pop(lost)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="has no weights for encoder.layer.0.output.dense.bias.*give another"):
-        LambdaBertModel.from_bert(tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=f"has no weights for {lost}.*give another"):
+        model_class.from_bert(tmp_path, **SETTINGS)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -958,6 +959,12 @@ class TestWaysOfGpus:
             hidden_states = torch.randn(3, length, 6, dtype=torch.float64)
             torch.testing.assert_close(compiled(hidden_states), layer(hidden_states), rtol=1e-10, atol=1e-10)
 
+    def test_each_precision_has_a_matrix_of_its_own(self):
+        repetitions = Repetitions(torch.tensor([[7, 8, 7]]), None)
+        given = torch.randn(1, 3, 2, dtype=torch.float64)
+        repetitions.mean_of_others(given.float())
+        assert torch.equal(repetitions.mean_of_others(given)[:, [0, 2]], given[:, [2, 0]])
+
     def test_gradients_are_those_of_the_formulas(self, make_config, monkeypatch):
         fields = dict(local_context_size=5, repetition_context_size=3, mask_token_id=4, content_gain=True)
         layer = random_layer(layer_config(make_config, **fields))
@@ -978,3 +985,17 @@ class TestWaysOfGpus:
 def test_a_cpu_takes_neither_way_of_gpus():
     assert not lambda_kernels.prefers_blocks(torch.zeros(1, 8, 4, 8), is_global=False)
     assert not repetitions_lambdabert.prefers_matrix(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_a_gpu_takes_them_as_long_as_they_are_small():
+    """Matrices that grow with the square of a size would fill its memory."""
+
+    def on_gpu(*shape):
+        return SimpleNamespace(device=torch.device("cuda"), shape=torch.Size(shape))
+
+    assert lambda_kernels.prefers_blocks(on_gpu(8, 512, 12, 16), is_global=False)
+    assert not lambda_kernels.prefers_blocks(on_gpu(8, 512, 12, 16), is_global=True)
+    assert not lambda_kernels.prefers_blocks(on_gpu(8, 512, 12, 64), is_global=False)
+    assert repetitions_lambdabert.prefers_matrix(on_gpu(64, 512))
+    assert not repetitions_lambdabert.prefers_matrix(on_gpu(1, 2**17))
+    assert not repetitions_lambdabert.prefers_matrix(on_gpu(2**12, 2048))

@@ -1,6 +1,7 @@
 """Exported programs: they compute what the model does, whatever the batch, and what cannot be exported is refused."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 import export_model as command
 import modeling_lambdabert
 from lambdabert.deployment import checks, export, export_model
+from lambdabert.deployment.loading import load_program
+from lambdabert.deployment.programs import make_inputs, silence
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 140
@@ -97,6 +100,7 @@ def test_onnx_computes_what_the_model_does(
     assert [(given.name, given.shape) for given in session.get_inputs()] == [
         (given, axes) for given in ("input_ids", "attention_mask", "token_type_ids")
     ]
+    assert {axis for output in session.get_outputs() for axis in output.shape if isinstance(axis, str)} <= {*axes}
     for shape in SHAPES:
         inputs = padded_inputs(make_inputs, model, *shape)
         with torch.no_grad():
@@ -150,8 +154,11 @@ def test_int8_computes_nearly_what_the_model_does(make_config, make_inputs, tmp_
     eight_bits = {tuple(weight.dims) for weight in graph.initializer if weight.data_type == onnx.TensorProto.INT8}
     weights = {tuple(layer.weight.T.shape) for layer in model.modules() if isinstance(layer, torch.nn.Linear)}
     assert {shape for shape in eight_bits if len(shape) == 2} == weights
+    scales = {tuple(scale.dims) for scale in graph.initializer if scale.name.endswith("_scale")}
+    assert scales == {shape[1:] for shape in weights}, "one for each output channel"
     products = sum(node.op_type == "MatMulInteger" for node in graph.node)
     assert products == sum(isinstance(layer, torch.nn.Linear) for layer in model.modules())
+    assert [file.name for file in (tmp_path / "int8").glob("*.onnx*")] == ["model.onnx"]
 
 
 def test_a_repetition_lambda_moves_whole_rows(make_config, tmp_path):
@@ -170,6 +177,52 @@ def test_a_model_without_pooling_layer_has_no_pooler_output(make_config, tmp_pat
     modeling_lambdabert.LambdaBertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "model")
     done = export_model(tmp_path / "model", tmp_path / "program", format="torch")
     assert done.outputs == ("last_hidden_state",)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(return_dict=False),
+        dict(output_hidden_states=True),
+        dict(output_lambda_params=True),
+        dict(chunk_size_feed_forward=4),
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_a_config_says_of_running_changes_no_program(make_config, tmp_path, fields):
+    config = make_config(num_hidden_layers=1, **fields)
+    modeling_lambdabert.LambdaBertModel(config).save_pretrained(tmp_path / "model")
+    done = export_model(tmp_path / "model", tmp_path / "program", format="torch")
+    assert done.outputs == ("last_hidden_state", "pooler_output")
+
+
+def test_an_encoder_may_name_no_class(make_config, tmp_path):
+    save_model(tmp_path, make_config, "LambdaBertModel", 5, "none")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert type(load_program(tmp_path).program.model) is modeling_lambdabert.LambdaBertModel
+
+
+@pytest.mark.parametrize("choices", [False, True])
+def test_the_check_runs_on_all_kinds_of_padding_and_on_tokens_that_come_again(choices):
+    config = SimpleNamespace(vocab_size=10**9, mask_token_id=4, type_vocab_size=2)
+    inputs = make_inputs(SimpleNamespace(config=config, takes_choices=choices), 3, 90)
+    mask, ids = inputs["attention_mask"].bool(), inputs["input_ids"]
+    assert mask[0, ..., 0].all() and not mask[0, ..., -1].any()
+    assert mask[1, ..., -1].all() and not mask[1, ..., 0].any()
+    assert not mask[2].any()
+    assert (ids == config.mask_token_id).sum() > 1
+    assert len(ids.unique()) < 0.7 * ids.numel()
+
+
+def test_logging_is_as_before_when_exporters_are_done():
+    loggers = logging.getLogger(), logging.getLogger("torch.onnx")
+    before = [logger.level for logger in loggers]
+    with pytest.raises(ArithmeticError), silence():
+        assert [logger.level for logger in loggers] == [logging.ERROR] * 2
+        raise ArithmeticError
+    assert [logger.level for logger in loggers] == before
 
 
 class TestMistakes:
@@ -206,13 +259,36 @@ class TestMistakes:
         said = self.refuses(capsys, tmp_path, teachers / "plain", "--output", out)
         assert "is of type bert" in said and "distill_from_bert.py" in said
         (model / "model.safetensors").write_bytes(b"nonsense")
-        assert "cannot be read" in self.refuses(capsys, tmp_path, model, "--output", out)
+        assert "cannot be read: its weights are damaged" in self.refuses(capsys, tmp_path, model, "--output", out)
+
+    @pytest.mark.parametrize("content", ["", "[1]", '{"model_type": "lambdabert"'])
+    def test_broken_config(self, model, tmp_path, capsys, content):
+        (model / "config.json").write_text(content)
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert f"{model / 'config.json'} cannot be read" in said and "save the model again" in said
+
+    def test_broken_tokenizer(self, model, tmp_path, capsys):
+        (model / "tokenizer.json").write_text("[1]")
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert f"model={model} cannot be read" in said and "save the model again" in said
+
+    @pytest.mark.parametrize("content", ["", "[1]", "[{}]", "5"])
+    def test_broken_list_of_modules(self, model, tmp_path, capsys, content):
+        (model / "modules.json").write_text(content)
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert "modules.json cannot be read" in said and "save the model again" in said
 
     def test_weights_that_would_be_random(self, model, tmp_path, capsys):
         config = json.loads((model / "config.json").read_text()) | {"architectures": ["LambdaBertForMaskedLM"]}
         (model / "config.json").write_text(json.dumps(config))
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
         assert "has no weights for cls.predictions" in said and "architectures" in said
+
+    def test_weights_of_another_size(self, model, tmp_path, capsys):
+        config = json.loads((model / "config.json").read_text()) | {"intermediate_size": 30}
+        (model / "config.json").write_text(json.dumps(config))
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert "its weights are damaged or of another config" in said
 
     def test_an_adapter_alone(self, model, tmp_path, capsys):
         (model / "adapter_config.json").write_text("{}")
@@ -259,9 +335,32 @@ class TestMistakes:
             file.write_text(json.dumps(json.loads(file.read_text()) | fields))
         assert named in self.refuses(capsys, tmp_path, sentences, "--output", tmp_path / "out")
 
+    def test_prompts_without_words_may_be_left_out(self, sentences):
+        """There are no tokens of theirs."""
+        (file,) = sentences.glob("*Pooling/config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"include_prompt": False}))
+        file = sentences / "config_sentence_transformers.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prompts": {"query": "", "document": ""}}))
+        assert len(load_program(sentences).program.sentence_modules) == 2
+
+    def test_a_sentence_encoder_in_a_subfolder(self, sentences, teachers):
+        encoder = sentences / "0_Transformer"
+        encoder.mkdir()
+        for file in filter(Path.is_file, list(sentences.iterdir())):
+            if file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+                file.rename(encoder / file.name)
+        modules = json.loads((sentences / "modules.json").read_text())
+        modules[0]["path"] = encoder.name
+        (sentences / "modules.json").write_text(json.dumps(modules))
+        assert load_program(sentences).tokenizer.model_max_length == 24
+        shutil.copy(teachers / "plain" / "config.json", encoder)
+        with pytest.raises(ValueError, match="0_Transformer is of type bert"):
+            load_program(sentences)
+
     def test_an_output_that_holds_something(self, model, tmp_path, capsys):
-        said = self.refuses(capsys, tmp_path, model, "--output", model)
-        assert "exists and is not overwritten" in said
+        for output in (model, model / "config.json"):
+            said = self.refuses(capsys, tmp_path, model, "--output", output)
+            assert f"output={output} exists and is not overwritten" in said
         said = self.refuses(capsys, tmp_path, model, "--output", model / "config.json" / "out")
         assert "you may not write" in said
 
@@ -309,12 +408,27 @@ def test_the_largest_deviation_of_a_batch_counts(loaded_ones):
     [
         ({"logits": torch.tensor([1.0, torch.nan])}, "not finite"),
         ({"scores": torch.ones(2)}, "gives scores in place of logits"),
+        ({"logits": torch.ones(3)}, r"logits of the exported program is \[3\] and of the model \[2\] at batch 1"),
     ],
-    ids=["nan", "another name"],
+    ids=["nan", "another name", "another shape"],
 )
 def test_outputs_that_no_number_compares_are_refused(loaded_ones, outputs, said):
     with pytest.raises(ValueError, match=said):
         checks.largest_deviation(loaded_ones, lambda inputs: outputs)
+
+
+def test_a_program_that_fails_is_refused(loaded_ones):
+    def fail(inputs):
+        raise RuntimeError("no such operator")
+
+    with pytest.raises(ValueError, match="fails at batch 1 and length 1: no such operator"):
+        checks.largest_deviation(loaded_ones, fail)
+
+
+def test_outputs_of_zeros_are_compared(loaded_ones):
+    loaded_ones.program = lambda **inputs: {"logits": torch.zeros(2)}
+    assert checks.largest_deviation(loaded_ones, lambda inputs: {"logits": torch.zeros(2)})[1] == 0
+    assert checks.largest_deviation(loaded_ones, lambda inputs: {"logits": torch.full((2,), 1e-9)})[1] > 1
 
 
 def torch_call_with_error(read):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from transformers import (
 
 from distill_from_bert import DistillationDataArguments
 from lambdabert.distillation.batches import SimilarLengths
-from lambdabert.distillation.losses import ITEM_OF_LOSS, count_items, divergence, loss_sums
-from lambdabert.distillation.stages import steps_of_first_stage, two_schedules
+from lambdabert.distillation.losses import ITEM_OF_LOSS, count_items, divergence, loss_sums, squared_errors
+from lambdabert.distillation.stages import attention_outputs, steps_of_first_stage, two_schedules
 from lambdabert.distillation.teacher import LossWeights, Teacher
 from lambdabert.distillation.trainer import DistillationTrainer
 from lambdabert.text.masks import masking_collator
@@ -265,6 +266,17 @@ class TestGradientAccumulation:
         assert not pair[0].model.training
 
 
+def test_each_example_has_its_own_losses(pair, make_trainer):
+    """In a batch as alone."""
+    trainer = make_trainer(*pair)
+    student = pair[1].eval()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    rows = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(LENGTHS))]
+    with torch.no_grad():
+        alone = torch.cat([trainer.examples_losses(student, row) for row in rows])
+        torch.testing.assert_close(trainer.examples_losses(student, batch), alone, rtol=1e-4, atol=1e-5)
+
+
 def test_logs_hold_the_mean_of_each_loss(pair, make_trainer):
     trainer = make_trainer(*pair, logging_steps=1, gradient_accumulation_steps=2, per_device_train_batch_size=4)
     trainer.train()
@@ -424,6 +436,15 @@ class TestSimilarLengths:
         longest = batches.amax(1).float()
         halves = longest[: len(longest) // 2].mean(), longest[len(longest) // 2 :].mean()
         assert abs(halves[0] - halves[1]) < 15, "batches of all lengths come all the time"
+        assert longest.diff().abs().mean() > 15, "the next batch may be of any length"
+
+    def test_other_examples_come_together_in_another_epoch(self):
+        sampler = SimilarLengths(torch.arange(2000), 8, seed=0)
+        epochs = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            epochs.append({frozenset(batch) for batch in torch.tensor(list(sampler)).view(-1, 8).tolist()})
+        assert len(epochs[0] & epochs[1]) < 25, "of 250 batches"
 
     def test_seed_and_epoch_decide_the_order(self):
         lengths = torch.arange(64) % 9
@@ -436,18 +457,20 @@ class TestSimilarLengths:
         assert orders[0] not in orders[2:] and orders[2] != orders[3]
 
 
+def divergence_of_labels(given, wanted):
+    """Each of them a choice of its own."""
+    given, wanted = torch.distributions.Bernoulli(logits=given), torch.distributions.Bernoulli(logits=wanted)
+    return torch.distributions.kl_divergence(wanted, given).sum(1)
+
+
 @pytest.mark.parametrize(
     "fields, expected",
     [
         ({"num_labels": 1}, lambda given, wanted: (given - wanted).square().sum(1)),
-        (
-            {"num_labels": 3, "problem_type": "multi_label_classification"},
-            lambda given, wanted: torch.distributions.kl_divergence(
-                torch.distributions.Bernoulli(logits=wanted), torch.distributions.Bernoulli(logits=given)
-            ).sum(1),
-        ),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, divergence_of_labels),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, divergence_of_labels),
     ],
-    ids=["regression", "several labels"],
+    ids=["regression", "several labels", "one of several labels"],
 )
 def test_the_loss_of_classes_is_that_of_the_teachers_problem(fields, expected):
     bert = tiny_bert(BertForSequenceClassification, **fields).eval()
@@ -461,9 +484,41 @@ def test_the_loss_of_classes_is_that_of_the_teachers_problem(fields, expected):
     torch.testing.assert_close(found, expected(outputs.logits, targets.logits))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_losses_of_half_precision_are_those_of_its_numbers_in_float32(dtype):
+    teacher = Teacher(tiny_bert(), (MeanPooling(),))
+    own, given = torch.randn(2, 3, 4, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.ones(4, 7, dtype=torch.long)
+    inputs = {"attention_mask": mask, "labels": mask}
+    found, expected = (
+        loss_sums(
+            teacher,
+            SimpleNamespace(hidden_states=own.to(precision)),
+            SimpleNamespace(hidden_states=given.to(precision)),
+            inputs,
+            {"layers", "last_layer", "sentences"},
+        )
+        for precision in (dtype, torch.float32)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(divergence(own, given), divergence(own.float(), given.float()), rtol=1e-6, atol=1e-6)
+
+
+def test_many_tokens_of_half_precision_are_added_up_in_float32():
+    """bfloat16 has no 257."""
+    own, tokens = torch.ones(1, 257, 4, dtype=torch.bfloat16), torch.ones(1, 257, dtype=torch.bool)
+    assert squared_errors(own, 0 * own, tokens, torch.nn.LayerNorm(4)).item() == 257
+
+
+def test_teacher_and_what_follows_it_are_fixed():
+    teacher = Teacher(tiny_bert().train(), (torch.nn.Dropout(0.5), torch.nn.Linear(2, 2)))
+    for module in (teacher.model, *teacher.sentence_modules):
+        assert not module.training and not any(weight.requires_grad for weight in module.parameters())
+
+
 class TestStages:
     def test_a_share_of_steps_is_rounded_up(self):
-        assert [steps_of_first_stage(share, 5) for share in (0, 0.1, 0.5, 3, 9)] == [0, 1, 3, 3, 5]
+        assert [steps_of_first_stage(share, 5) for share in (0, 0.1, 0.5, 1, 3, 9)] == [0, 1, 3, 1, 3, 5]
 
     def test_a_share_of_warm_up_is_of_each_stage(self, tmp_path):
         args = TrainingArguments(output_dir=str(tmp_path), max_steps=20, warmup_steps=0.2, use_cpu=True)
@@ -471,6 +526,29 @@ class TestStages:
         rate = two_schedules(args, optimizer, (5, 15), 4.0).lr_lambdas[0]
         rates = [rate(step) for step in range(20)]
         assert rates.index(max(rates[:5])) == 1 and rates[5:].index(max(rates[5:])) == 3
+
+    @pytest.mark.parametrize(
+        "course, lowest",
+        [
+            (dict(lr_scheduler_type="constant"), 1),
+            (dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.9}), 0.9),
+        ],
+        ids=["constant", "with keywords"],
+    )
+    def test_each_stage_has_its_whole_course(self, tmp_path, course, lowest):
+        args = TrainingArguments(output_dir=str(tmp_path), max_steps=20, use_cpu=True, **course)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        rate = two_schedules(args, optimizer, (5, 15), 4.0).lr_lambdas[0]
+        for peak, steps in ((4, range(5)), (1, range(5, 20))):
+            rates = [rate(step) for step in steps]
+            assert rates[0] == max(rates) == peak and min(rates) >= lowest * peak
+
+    def test_attention_is_watched_no_longer_than_asked(self):
+        bert, ids = tiny_bert(), torch.arange(5, 15)[None]
+        with attention_outputs(bert) as outputs:
+            bert(ids)
+        bert(ids)
+        assert len(outputs) == bert.config.num_hidden_layers
 
 
 def test_data_seed_decides_the_order(make_trainer):
