@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BertModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, BertModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 import modeling_lambdabert
@@ -82,6 +82,19 @@ def load_with_missing(model_class: Any, name: str | Path, subfolder: str = "") -
         model.pooler = None
         missing -= pooler
     return model.eval(), sorted(missing)
+
+
+def load_saved_tokenizer(name: str | Path) -> Any:
+    """The tokenizer that was saved with a model. No code of its folder is run.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a broken file raises whatever its reader stumbles over
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model={name} has no tokenizer that can be read ({reason}); save it there.") from error
 
 
 def load_as_saved(name: str | Path) -> PreTrainedModel:

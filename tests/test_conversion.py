@@ -316,7 +316,7 @@ class TestRefusals:
     def test_a_lambdabert_and_what_is_no_model(self, make_config, tmp_path):
         with pytest.raises(ValueError, match="lambdabert"):
             LambdaBertModel.from_bert(LambdaBertModel(make_config()))
-        with pytest.raises(ValueError, match="Linear is no BERT"):
+        with pytest.raises(ValueError, match="Linear is not a BERT"):
             LambdaBertModel.from_bert(torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="model_type=None"):
             LambdaBertModel.from_bert(tmp_path)

@@ -443,7 +443,7 @@ class TestRefusals:
                 ("the fox", "--place", "4"),
                 r"place=4: the text has the tokens 0 \[CLS\], 1 the",
             ),
-            ("ForTokenClassification", ("the fox", "--place", "1", "--target", "black"), "target=black is no class"),
+            ("ForTokenClassification", ("the fox", "--place", "1", "--target", "black"), "target=black is not a class"),
             ("ForMaskedLM", ("the [MASK]", "--place", "1"), r"place=1 has no effect.*leave it out"),
             ("ForSequenceClassification", ("the fox", "--place", "1"), "place=1 has no effect"),
             ("ForQuestionAnswering", ("the fox",), "text: 1 given, and explain of an answer takes two"),
@@ -670,4 +670,4 @@ class TestUsersFiles:
             (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 16}))
         status, _, errors = interpret("swap", *SENTENCES[:2], kind="Damaged")
         assert status == 1 and errors.startswith("error: ") and str(folder) in errors and "Traceback" not in errors
-        assert ("weights are damaged or of another config" in errors) == (harm != "missing")
+        assert ("weights are damaged or do not fit its config" in errors) == (harm != "missing")

@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from lambdabert.saved_models import check_case, compute_whole, load_as_saved, load_with_missing, sentence_module_paths
+from lambdabert.saved_models import (
+    check_case,
+    compute_whole,
+    load_as_saved,
+    load_saved_tokenizer,
+    load_with_missing,
+    sentence_module_paths,
+)
 from modeling_lambdabert import LambdaBertForMultipleChoice, LambdaBertModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -82,9 +89,9 @@ def load_program(folder: Path) -> LoadedProgram:
     check_kind(folder / modules[0] if modules else folder)
     try:
         loaded = load_sentence_program(folder) if modules else load_model(folder)
-    except ValueError:
-        raise
     except Exception as error:  # a broken file raises whatever its reader stumbles over
+        if type(error) is ValueError:  # not one of JSON or of Unicode, which do not name the file
+            raise
         raise ValueError(
             f"model={folder} cannot be read ({type(error).__name__}: {error}); save the model again."
         ) from error
@@ -120,10 +127,10 @@ def load_model(folder: Path) -> LoadedProgram:
 
 
 def tokenizer_in(folder: Path) -> Any:
-    """The tokenizer in a folder; None where there are no files of one."""
+    """The tokenizer in a folder; None where there are no files of one. Raises ValueError if they cannot be read."""
     if not any(folder.glob("tokenizer*")) and not (folder / "vocab.txt").exists():
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return load_saved_tokenizer(folder)
 
 
 def load_sentence_program(folder: Path) -> LoadedProgram:

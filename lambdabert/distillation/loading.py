@@ -48,9 +48,9 @@ def load_teacher(name: str) -> tuple[Teacher, PreTrainedTokenizerBase, Any]:
             bert, tokenizer = sentence_transformer[0].auto_model, sentence_transformer.tokenizer
         else:
             bert, tokenizer = load_bert_and_tokenizer(name)
-    except ValueError:
-        raise
     except Exception as error:  # a broken file raises whatever its reader stumbles over
+        if type(error) is ValueError:  # not one of JSON or of Unicode, which do not name the file
+            raise
         raise ValueError(
             f"teacher={name} cannot be read ({type(error).__name__}: {error}); name a folder or a hub model."
         ) from error

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 import modeling_lambdabert
-from lambdabert.saved_models import load_as_saved
+from lambdabert.saved_models import load_as_saved, load_saved_tokenizer
 
 from .explanations import explain_prediction, integrated_gradients
 from .page import ExplainedPrediction
@@ -82,10 +82,7 @@ class LoadedModel:
                 f"model={name} is a multiple-choice model, and only single texts can be examined; load its encoder by "
                 "LambdaBertModel.from_pretrained, save that with the tokenizer, and give its folder."
             )
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"model={name} has no tokenizer that can be read ({error}); save it there.") from None
+        self.tokenizer: Any = load_saved_tokenizer(name)
         vocabulary = self.model.config.vocab_size
         if not len(self.tokenizer.all_special_ids) < len(self.tokenizer) <= vocabulary:
             raise ValueError(

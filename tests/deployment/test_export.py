@@ -259,7 +259,7 @@ class TestMistakes:
         said = self.refuses(capsys, tmp_path, teachers / "plain", "--output", out)
         assert "is of type bert" in said and "distill_from_bert.py" in said
         (model / "model.safetensors").write_bytes(b"nonsense")
-        assert "cannot be read: its weights are damaged" in self.refuses(capsys, tmp_path, model, "--output", out)
+        assert "its weights are damaged" in self.refuses(capsys, tmp_path, model, "--output", out)
 
     @pytest.mark.parametrize("content", ["", "[1]", '{"model_type": "lambdabert"'])
     def test_broken_config(self, model, tmp_path, capsys, content):
@@ -267,10 +267,25 @@ class TestMistakes:
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
         assert f"{model / 'config.json'} cannot be read" in said and "save the model again" in said
 
-    def test_broken_tokenizer(self, model, tmp_path, capsys):
-        (model / "tokenizer.json").write_text("[1]")
+    @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+    @pytest.mark.parametrize("content", ["", "{", "[1]"])
+    def test_broken_tokenizer(self, model, tmp_path, capsys, file, content):
+        (model / file).write_text(content)
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
-        assert f"model={model} cannot be read" in said and "save the model again" in said
+        assert f"model={model} has no tokenizer that can be read" in said and "save it there" in said
+
+    def test_a_vocabulary_alone(self, model, tmp_path, capsys):
+        for file in model.glob("tokenizer*"):
+            file.unlink()
+        (model / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+        said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
+        assert f"model={model} has no tokenizer that can be read" in said
+
+    def test_broken_pooling_of_sentences(self, sentences, tmp_path, capsys):
+        (file,) = sentences.glob("*Pooling/config.json")
+        file.write_text("{")
+        said = self.refuses(capsys, tmp_path, sentences, "--output", tmp_path / "out")
+        assert f"model={sentences} cannot be read" in said and "save the model again" in said
 
     @pytest.mark.parametrize("content", ["", "[1]", "[{}]", "5"])
     def test_broken_list_of_modules(self, model, tmp_path, capsys, content):
@@ -288,7 +303,7 @@ class TestMistakes:
         config = json.loads((model / "config.json").read_text()) | {"intermediate_size": 30}
         (model / "config.json").write_text(json.dumps(config))
         said = self.refuses(capsys, tmp_path, model, "--output", tmp_path / "out")
-        assert "its weights are damaged or of another config" in said
+        assert f"{model}: its weights are damaged or do not fit its config" in said
 
     def test_an_adapter_alone(self, model, tmp_path, capsys):
         (model / "adapter_config.json").write_text("{}")

@@ -262,7 +262,7 @@ class TestRefusals:
             ("LambdaBertForMaskedLM", -1, 1, "place=-1: the rows have 9 places"),
             ("LambdaBertForMaskedLM", 7, 1, "place=7 is padding"),
             ("LambdaBertForMaskedLM", 2, 60, "token=60: the model tells 60 apart; give one of 0 ... 59"),
-            ("LambdaBertForMaskedLM", 2, "dog", "token='dog' is no index"),
+            ("LambdaBertForMaskedLM", 2, "dog", "token='dog' is not an index"),
             ("LambdaBertForSequenceClassification", 2, 1, "place=2: the model predicts once"),
             ("LambdaBertForSequenceClassification", None, 2, "token=2: the model tells 2 apart"),
             ("LambdaBertForQuestionAnswering", 2, 0, 'token=0.*"start" or "end"'),

@@ -89,7 +89,7 @@ def test_refusals(make_model, make_inputs):
 
     with pytest.raises(ValueError, match="layer=2: the model has 2 lambda layers"):
         run({2: "zero"})
-    with pytest.raises(ValueError, match=r"replacements\[0\]='none' is no content lambda.*tokenizer"):
+    with pytest.raises(ValueError, match=r"replacements\[0\]='none' is not a content lambda.*tokenizer"):
         run({0: "none"})
     with pytest.raises(ValueError, match=r"replacements\[0\] has shape \(4, 5\).*\[1, 3, 5\]"):
         run({0: torch.zeros(4, 5)})
