@@ -70,7 +70,7 @@ def explain_prediction(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
     place: Index | None,
-    token: Index | str,
+    target: Index | str,
     mask_token_id: int | None = None,
 ) -> Explanation:
     """Contributions of every input token that add up, with the bias, to a logit.
@@ -84,15 +84,15 @@ def explain_prediction(
         model: a LambdaBERT with a head, in evaluation mode.
         inputs: what its tokenizer returns with `return_tensors="pt"`, [B, N] each ([B, C, N] with choices).
         place: the token whose logits these are, one for all rows or [B]; None where the head sees whole sequences.
-        token: which of the logits: a token of the vocabulary, a class, a choice, or "start" or "end" of an answer; one
+        target: which of the logits: a token of the vocabulary, a class, a choice, or "start" or "end" of an answer; one
             for all rows or [B].
         mask_token_id: the tokenizer's [MASK]. None = the token at `place`, of a masked language model.
 
     Raises:
-        ValueError: no lambda layers, training mode, no head; a place or token that is missing, superfluous or out of
+        ValueError: no lambda layers, training mode, no head; a place or target that is missing, superfluous or out of
             range; no [MASK]; and what the model refuses.
     """
-    prediction = Prediction(model, inputs, place, token)
+    prediction = Prediction(model, inputs, place, target)
     words = prediction.embeddings(prediction.input_ids)
     reference = torch.lerp(words, prediction.mask_embedding(mask_token_id), FADING)
     pair = torch.stack([words, reference]).requires_grad_()
@@ -125,7 +125,7 @@ def integrated_gradients(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
     place: Index | None,
-    token: Index | str,
+    target: Index | str,
     mask_token_id: int | None = None,
     steps: int = 50,
 ) -> Attribution:
@@ -135,7 +135,7 @@ def integrated_gradients(
     of equal parts sum up the integral. A repetition lambda sees the same tokens as repeated all along the line.
 
     Args:
-        model, inputs, place, token, mask_token_id: as in `explain_prediction`.
+        model, inputs, place, target, mask_token_id: as in `explain_prediction`.
         steps: gradients.
 
     Raises:
@@ -143,7 +143,7 @@ def integrated_gradients(
     """
     if steps < 1:
         raise ValueError(f"steps={steps} leaves nothing to integrate; set it to 1 or more.")
-    prediction = Prediction(model, inputs, place, token)
+    prediction = Prediction(model, inputs, place, target)
     words = prediction.embeddings(prediction.input_ids)
     baseline = prediction.mask_embedding(mask_token_id).expand_as(words)
     weights = (torch.arange(steps, device=words.device, dtype=words.dtype) + 0.5) / steps
@@ -157,17 +157,17 @@ def integrated_gradients(
 
 
 def gradient_times_input(
-    model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, token: Index | str
+    model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, target: Index | str
 ) -> Attribution:
     """The gradient of the logit by each word embedding times that embedding; the bias is what they leave.
 
     Args:
-        model, inputs, place, token: as in `explain_prediction`.
+        model, inputs, place, target: as in `explain_prediction`.
 
     Raises:
         ValueError: as in `explain_prediction`.
     """
-    prediction = Prediction(model, inputs, place, token)
+    prediction = Prediction(model, inputs, place, target)
     words = prediction.embeddings(prediction.input_ids)
     logits, slopes = gradient(prediction.run, words[None])
     tokens = (slopes[0] * words).sum(-1)

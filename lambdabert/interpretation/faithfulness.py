@@ -30,13 +30,13 @@ class Example:
 
     Attributes:
         inputs: of one row, [1, N] each.
-        place, token: the logit, as in `explain_prediction`.
+        place, target: the logit, as in `explain_prediction`.
         candidates: int [T], the places that may be taken away; 3 or more.
     """
 
     inputs: Mapping[str, torch.Tensor]
     place: int | None
-    token: int | str
+    target: int | str
     candidates: torch.Tensor
 
 
@@ -51,15 +51,15 @@ def nearness(model: PreTrainedModel, example: Example, mask_token_id: int) -> to
 
 
 def _explanation(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
-    return explain_prediction(model, example.inputs, example.place, example.token, mask_token_id).tokens[0]
+    return explain_prediction(model, example.inputs, example.place, example.target, mask_token_id).tokens[0]
 
 
 def _integrated_gradients(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
-    return integrated_gradients(model, example.inputs, example.place, example.token, mask_token_id).tokens[0]
+    return integrated_gradients(model, example.inputs, example.place, example.target, mask_token_id).tokens[0]
 
 
 def _gradient_times_input(model: PreTrainedModel, example: Example, mask_token_id: int) -> torch.Tensor:
-    return gradient_times_input(model, example.inputs, example.place, example.token).tokens[0]
+    return gradient_times_input(model, example.inputs, example.place, example.target).tokens[0]
 
 
 METHODS: dict[str, Method] = {
@@ -72,12 +72,12 @@ METHODS: dict[str, Method] = {
 
 @torch.no_grad()
 def leave_one_out(
-    model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, token: Index | str, mask_token_id: int
+    model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, target: Index | str, mask_token_id: int
 ) -> torch.Tensor:
     """How far the logit falls when a token is replaced by [MASK], for each token.
 
     Args:
-        model, inputs, place, token: as in `explain_prediction`.
+        model, inputs, place, target: as in `explain_prediction`.
         mask_token_id: the tokenizer's [MASK].
 
     Returns:
@@ -86,7 +86,7 @@ def leave_one_out(
     Raises:
         ValueError: as in `explain_prediction`.
     """
-    prediction = Prediction(model, inputs, place, token)
+    prediction = Prediction(model, inputs, place, target)
     ids = prediction.input_ids
     mask = prediction.mask_token(mask_token_id)
     whole = prediction.run_texts(ids[None])[0]
@@ -112,7 +112,7 @@ def _places(token_mask: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 @torch.no_grad()
 def removal(model: PreTrainedModel, example: Example, scores: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """How far the logit falls without the candidates with the highest scores [T], one number for each fraction."""
-    prediction = Prediction(model, example.inputs, example.place, example.token)
+    prediction = Prediction(model, example.inputs, example.place, example.target)
     order = example.candidates.cpu()[scores.cpu().argsort(descending=True, stable=True)]
     texts = [prediction.input_ids]
     for fraction in FRACTIONS:
@@ -195,7 +195,7 @@ def faithfulness(
     seconds = dict.fromkeys(methods, 0.0)
     for example in tqdm(examples, unit="text"):
         candidates = example.candidates.cpu()
-        falls_alone = leave_one_out(model, example.inputs, example.place, example.token, mask_token_id)[0]
+        falls_alone = leave_one_out(model, example.inputs, example.place, example.target, mask_token_id)[0]
         truth = falls_alone.cpu()[candidates]
         for name, method in methods.items():
             start = time.process_time()

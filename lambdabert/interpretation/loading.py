@@ -30,7 +30,7 @@ class _Question:
     """What is explained: a token's place, an index among logits, both in words, its probability and the likeliest."""
 
     place: int | None
-    token: int | str
+    target: int | str
     what: str
     probability: float
     likeliest: list[tuple[str, float]]
@@ -222,7 +222,7 @@ class LoadedModel:
         if self.tokenizer.mask_token_id is None:
             raise ValueError(f"model={self.name}: its tokenizer has no [MASK], which explanations compare with.")
         asked = self._question(inputs, trace.outputs, target, place)
-        arguments = (self.model, inputs, asked.place, asked.token, self.tokenizer.mask_token_id)
+        arguments = (self.model, inputs, asked.place, asked.target, self.tokenizer.mask_token_id)
         return ExplainedPrediction(
             of=f"{asked.what}, with a probability of {asked.probability:.3f}.",
             explanation=explain_prediction(*arguments),

@@ -18,15 +18,15 @@ class Prediction:
         model: a LambdaBERT with a head, in evaluation mode.
         inputs: what its tokenizer returns with `return_tensors="pt"`, [B, N] each ([B, C, N] with choices).
         place: the token whose logits these are, one for all rows or [B]; None where the head sees whole sequences.
-        token: which of the logits: a token of the vocabulary, a class, a choice, or "start" or "end" of an answer; one
+        target: which of the logits: a token of the vocabulary, a class, a choice, or "start" or "end" of an answer; one
             for all rows or [B].
 
     Raises:
-        ValueError: no lambda layers, training mode, no head; a place or token that is missing, superfluous or out of
+        ValueError: no lambda layers, training mode, no head; a place or target that is missing, superfluous or out of
             range; a place of padding.
     """
 
-    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, token: Index | str):
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, target: Index | str):
         lambda_layers(model)
         self.model = model
         self.inputs = model_inputs(model, inputs)
@@ -34,7 +34,7 @@ class Prediction:
         if "position_ids" in self.inputs:
             self.inputs["position_ids"] = self.inputs["position_ids"].expand_as(self.input_ids)
         self.token_mask = self.inputs["attention_mask"].bool()
-        self.place, self.token = place, token
+        self.place, self.target = place, target
 
     def embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Word embeddings [..., D] of ids."""
@@ -108,23 +108,23 @@ class Prediction:
     def _select(self, outputs: Any, start: int) -> torch.Tensor:
         """[B] logits of the copy of the batch that starts at a row."""
         here = slice(start, start + len(self.input_ids))
-        logits, choices, token = self._logits(outputs, here)
-        tokens = torch.as_tensor(token, device=logits.device).expand(len(logits))
-        if tokens.min() < 0 or tokens.max() >= choices:
-            raise ValueError(f"token={self.token}: the model tells {choices} apart; give one of 0 ... {choices - 1}.")
-        return logits.gather(1, tokens[:, None])[:, 0]
+        logits, choices, target = self._logits(outputs, here)
+        targets = torch.as_tensor(target, device=logits.device).expand(len(logits))
+        if targets.min() < 0 or targets.max() >= choices:
+            raise ValueError(f"target={self.target}: the model tells {choices} apart; give one of 0 ... {choices - 1}.")
+        return logits.gather(1, targets[:, None])[:, 0]
 
     def _logits(self, outputs: Any, here: slice) -> tuple[torch.Tensor, int, Index]:
         """[B, classes], their number and the index among them."""
         if "start_logits" in outputs:
-            if self.token not in ("start", "end"):
-                raise ValueError(f'token={self.token!r}: an answer has a start and an end; give "start" or "end".')
+            if self.target not in ("start", "end"):
+                raise ValueError(f'target={self.target!r}: an answer has a start and an end; give "start" or "end".')
             logits = torch.stack([outputs.start_logits, outputs.end_logits], -1)[here]
-            token: Index = ("start", "end").index(self.token)
+            target: Index = ("start", "end").index(self.target)
         else:
-            if isinstance(self.token, str):
-                raise ValueError(f"token={self.token!r} is not an index: give a token's or class's number.")
-            token = self.token
+            if isinstance(self.target, str):
+                raise ValueError(f"target={self.target!r} is not an index: give a token's or class's number.")
+            target = self.target
             if "prediction_logits" in outputs and self.place is None:
                 logits = outputs.seq_relationship_logits[here]
             elif "prediction_logits" in outputs:
@@ -142,7 +142,7 @@ class Prediction:
             logits = self.at_place(logits)
         elif self.place is not None:
             raise ValueError(f"place={self.place}: the model predicts once for a sequence; leave place at None.")
-        return logits, logits.shape[1], token
+        return logits, logits.shape[1], target
 
 
 def gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -261,11 +261,11 @@ class TestRefusals:
             ("LambdaBertForMaskedLM", 9, 1, "place=9: the rows have 9 places; give one of 0 ... 8"),
             ("LambdaBertForMaskedLM", -1, 1, "place=-1: the rows have 9 places"),
             ("LambdaBertForMaskedLM", 7, 1, "place=7 is padding"),
-            ("LambdaBertForMaskedLM", 2, 60, "token=60: the model tells 60 apart; give one of 0 ... 59"),
-            ("LambdaBertForMaskedLM", 2, "dog", "token='dog' is not an index"),
+            ("LambdaBertForMaskedLM", 2, 60, "target=60: the model tells 60 apart; give one of 0 ... 59"),
+            ("LambdaBertForMaskedLM", 2, "dog", "target='dog' is not an index"),
             ("LambdaBertForSequenceClassification", 2, 1, "place=2: the model predicts once"),
-            ("LambdaBertForSequenceClassification", None, 2, "token=2: the model tells 2 apart"),
-            ("LambdaBertForQuestionAnswering", 2, 0, 'token=0.*"start" or "end"'),
+            ("LambdaBertForSequenceClassification", None, 2, "target=2: the model tells 2 apart"),
+            ("LambdaBertForQuestionAnswering", 2, 0, 'target=0.*"start" or "end"'),
         ],
     )
     def test_questions(self, make_model, masked, name, place, token, message):

@@ -86,7 +86,7 @@ def test_the_truth_is_most_faithful(make_model, make_inputs):
         examples.append(Example(inputs, 2, 7, torch.tensor([i for i in range(12) if i != 2])))
 
     def truth(model, example, mask_token_id):
-        return leave_one_out(model, example.inputs, example.place, example.token, mask_token_id)[0]
+        return leave_one_out(model, example.inputs, example.place, example.target, mask_token_id)[0]
 
     def contrary(model, example, mask_token_id):
         return -truth(model, example, mask_token_id)
@@ -118,7 +118,7 @@ def test_masked_examples(text):
     for example in examples:
         ids = example.inputs["input_ids"][0]
         assert len(ids) <= 16 and ids[example.place] == tokenizer.mask_token_id
-        assert example.token not in special and example.place not in example.candidates
+        assert example.target not in special and example.place not in example.candidates
         assert not special & set(ids[example.candidates].tolist())
         assert len(example.candidates) == sum(int(i) not in special for i in ids)
 
