@@ -181,6 +181,10 @@ class LambdaBertConfig(BertConfig):
             )
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type={self.problem_type!r} is unknown; set it to one of {PROBLEM_TYPES}.")
+        if not self.id2label or sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(
+                f"id2label={self.id2label}: give a name to each number from 0 to num_labels - 1, to one or more."
+            )
         for field in ("is_decoder", "add_cross_attention"):
             if getattr(self, field):
                 raise ValueError(f"{field}=True: LambdaBERT is an encoder that sees both directions; set it to False.")

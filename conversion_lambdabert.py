@@ -143,7 +143,7 @@ def converted_config(config: BertConfig, config_class: type[BertConfig], setting
     if settings.get("num_labels", config.num_labels) != config.num_labels or settings.keys() & {"id2label", "label2id"}:
         fields = {name: value for name, value in fields.items() if name not in ("id2label", "label2id")}
     if "id2label" in settings and "label2id" not in settings:
-        fields["label2id"] = {name: number for number, name in settings["id2label"].items()}
+        fields["label2id"] = {name: int(number) for number, name in settings["id2label"].items()}
     if "label2id" in settings and "id2label" not in settings:
         fields["id2label"] = {number: name for name, number in settings["label2id"].items()}
     return config_class(**{**fields, "num_lambda_queries": config.num_attention_heads, **settings})

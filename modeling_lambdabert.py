@@ -458,9 +458,9 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; an input of another shape; a mask that holds
-                something other than 0 and 1; a position outside the table; no token, or more than the config's
-                `longest_sequence`; attention weights asked for; a keyword argument that the model cannot use;
-                `inputs_embeds` where `repetition_context_size` is set.
+                something other than 0 and 1; a token (on a CPU) or a position outside its table; no token, or more than
+                the config's `longest_sequence`; attention weights asked for; a keyword argument that the model cannot
+                use; `inputs_embeds` where `repetition_context_size` is set.
         """
         tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, **kwargs)
         token_mask = as_token_mask(attention_mask, tokens)
@@ -508,6 +508,16 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             raise ValueError(f"input_ids is {list(tokens.shape)}: give [batch, length].")
         if input_ids is None and tokens.dim() != 3:
             raise ValueError(f"inputs_embeds is {list(tokens.shape)}: give [batch, length, hidden_size].")
+        # an accelerator, which refuses such tokens by itself, would have to be waited for
+        table = self.embeddings.word_embeddings
+        is_looked_up = input_ids is not None and type(table) is nn.Embedding and tokens.device.type == "cpu"
+        if is_looked_up and can_read_values(tokens) and tokens.numel():
+            lowest, highest = int(tokens.min()), int(tokens.max())
+            if lowest < 0 or highest >= table.num_embeddings:
+                raise ValueError(
+                    f"input_ids range from {lowest} to {highest}, but there are embeddings of 0 to "
+                    f"{table.num_embeddings - 1}: use the model's own tokenizer, or resize_token_embeddings."
+                )
         self.embeddings.check_positions(tokens.shape[:2], position_ids)
         is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:
@@ -883,6 +893,12 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
                 )
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # or targets would be rounded
             labels = labels.to(logits).view_as(logits)
+            if problem_type == "multi_label_classification" and can_read_values(labels):
+                if not ((labels >= 0) & (labels <= 1)).all():
+                    raise ValueError(
+                        "labels: with problem_type='multi_label_classification' each label of each text is 0, 1 or a "
+                        "probability between; for one class a text give its number, [batch]."
+                    )
             of_each = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
             count = labels.numel() if num_items_in_batch is None else num_items_in_batch
             loss = _mean(of_each(logits, labels, reduction="none"), count)
@@ -920,7 +936,15 @@ def _within_tokens(positions: torch.Tensor, logits: torch.Tensor, padding: torch
 
     Args:
         padding: bool [B, N], True = padding; None = all are tokens.
+
+    Raises:
+        ValueError: positions of another shape, or that are not integers.
     """
+    if positions.is_floating_point() or positions.shape not in ((len(logits),), (len(logits), 1)):
+        raise ValueError(
+            f"start_positions and end_positions: {list(positions.shape)} of {positions.dtype} for {len(logits)} texts; "
+            "give a whole number for each."
+        )
     positions = positions.to(logits.device).flatten()  # also [B, 1], as BertForQuestionAnswering
     places = torch.arange(logits.shape[1], device=logits.device)
     is_label = positions[:, None] == places

@@ -100,6 +100,8 @@ def test_attention_heads_need_not_divide_the_hidden_size():
         ("position_embedding_type", ""),
         ("position_embedding_type", None),
         ("problem_type", "regresion"),
+        ("id2label", {}),
+        ("id2label", {1: "a", 2: "b"}),
         ("classifier_pooling", "mean"),
         ("classifier_pooling", None),
         ("output_lambda_params", "yes"),

@@ -239,6 +239,13 @@ class TestHeads:
         assert not {"LABEL_0", "LABEL_1"} & {*model.config.label2id, *model.config.id2label.values()}
         assert torch.equal(model.classifier.weight, bert.classifier.weight)
 
+    def test_names_from_json(self):
+        """Keys of a JSON object are strings."""
+        bert = tiny_bert(BertForSequenceClassification, num_labels=2)
+        names = {"id2label": {"0": "neg", "1": "pos"}}
+        config = LambdaBertForSequenceClassification.from_bert(bert, **SETTINGS, **names).config
+        assert config.id2label == {0: "neg", 1: "pos"} and config.label2id == {"neg": 0, "pos": 1}
+
     def test_a_head_with_other_labels_is_refused(self):
         with pytest.raises(ValueError, match=r"classifier.weight .* \[2, 24\].* \[3, 24\].*leave other classes out"):
             LambdaBertForSequenceClassification.from_bert(

@@ -227,6 +227,32 @@ class TestSwap:
         divergence = before * (before / after).log() + (1 - before) * ((1 - before) / (1 - after)).log()
         assert effect.divergence == pytest.approx(divergence.mean().item(), rel=1e-3)
 
+    @pytest.mark.parametrize("side", ["right", "left"])
+    @pytest.mark.parametrize("kind", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+    def test_padding_changes_nothing(self, folders, kind, side):
+        model, tokenizer = load(folders, kind)
+        first, second = (tokenizer(sentence, return_tensors="pt") for sentence in SENTENCES[:2])
+        tokenizer.padding_side = side
+        padded = tokenizer(SENTENCES[0], return_tensors="pt", padding="max_length", max_length=12)
+        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        for own, other in zip(swap_effects(model, first, second), swap_effects(model, padded, second), strict=True):
+            for field in ("hidden_states", "divergence", "changed"):
+                assert getattr(other, field) == pytest.approx(getattr(own, field), abs=1e-5)
+
+    @pytest.mark.parametrize(
+        "places, message",
+        [
+            (dict(predicted=[]), "predicted=\\[\\]: there is no prediction"),
+            (dict(predicted=[99]), "predicted holds 99, where the text has no token"),
+            (dict(places=[-1]), "places holds -1, where the text has no token"),
+        ],
+    )
+    def test_places_without_a_token(self, folders, places, message):
+        model, tokenizer = load(folders, "ForMaskedLM")
+        inputs = tokenizer(SENTENCES[0], return_tensors="pt")
+        with pytest.raises(ValueError, match=message):
+            swap_effects(model, inputs, inputs, **places)
+
     def test_a_text_with_itself_changes_nothing(self, folders):
         model, tokenizer = load(folders, "ForMaskedLM")
         inputs = tokenizer(SENTENCES[0], return_tensors="pt")
@@ -256,6 +282,17 @@ class TestTopics:
         for text, nearest in enumerate(found.nearest.tolist()):
             assert set(nearest) == {3 * (text // 3) + i for i in range(3)} - {text}
         assert chance(topics) == pytest.approx(2 / 11)
+        numbers = torch.tensor([ord(topic) for topic in topics])
+        for same in (numbers, numbers.numpy()):
+            assert neighbours({"row": rows}, same)[0].same_topic == 1 and chance(same) == chance(topics)
+
+    def test_features_without_neighbours_are_refused(self):
+        with pytest.raises(ValueError, match=r"features\['row'\] are the same for all texts"):
+            neighbours({"row": torch.ones(4, 2)}, count=1)
+        with pytest.raises(ValueError, match=r"features\['row'\] holds numbers that are not finite"):
+            neighbours({"row": torch.tensor([[1.0], [2], [torch.nan]])}, count=1)
+        with pytest.raises(ValueError, match="topics has 1 entries"):
+            chance(["a"])
 
     def test_features_are_those_of_the_traces(self, folders):
         model, tokenizer = load(folders, "ForMaskedLM")

@@ -180,6 +180,14 @@ class TestLosses:
         output.loss.backward()
         assert all(gradient is None or torch.isfinite(gradient).all() for gradient in gradients(model).values())
 
+    @pytest.mark.parametrize("given", [torch.tensor([2]), torch.tensor([1, 2]), torch.tensor([1.0, 2, 3])], ids=str)
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_places_of_other_answers_are_refused(self, make_config, make_inputs, given, masked):
+        inputs = make_inputs(LambdaBertForQuestionAnswering, make_config())
+        inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])} if masked else {}
+        with pytest.raises(ValueError, match="start_positions and end_positions: .* for 3 texts"):
+            build(LambdaBertForQuestionAnswering, make_config())(**inputs, start_positions=given, end_positions=given)
+
     def test_no_answer_among_the_tokens(self, make_config, make_inputs):
         config = make_config()
         inputs = make_inputs(LambdaBertForQuestionAnswering, config)
@@ -278,6 +286,10 @@ class TestLosses:
         labels = torch.randint(0, 2, (3, 4)).float()
         output = model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
         torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
+        for wrong in (5.0, -100.0, float("nan")):
+            labels[1, 2] = wrong
+            with pytest.raises(ValueError, match="labels: with problem_type='multi_label_classification'"):
+                model(**make_inputs(LambdaBertForSequenceClassification, config), labels=labels)
 
     @pytest.mark.parametrize("model_class, label, part", PRETRAINING)
     def test_pretraining_parts(self, make_config, make_inputs, make_labels, model_class, label, part):
@@ -1128,6 +1140,11 @@ class TestRefusals:
         inputs["attention_mask"][1, 5:] = 0 if padded else 1
         with pytest.raises(ValueError, match=re.escape(f"position_ids is {list(shape)}, but there are [3, 9] tokens")):
             build(LambdaBertModel, config)(**inputs)
+
+    @pytest.mark.parametrize("token", [60, -1])
+    def test_tokens_of_another_vocabulary(self, make_config, token):
+        with pytest.raises(ValueError, match=r"input_ids range from .* but there are embeddings of 0 to 59"):
+            build(LambdaBertModel, make_config(vocab_size=60))(torch.tensor([[3, token]]))
 
     def test_positions_beyond_the_last(self, make_config):
         model, ids = build(LambdaBertModel, make_config()), torch.full((1, 3), 7)

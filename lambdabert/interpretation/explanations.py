@@ -141,8 +141,8 @@ def integrated_gradients(
     Raises:
         ValueError: as in `explain_prediction`; no step.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps} leaves nothing to integrate; set it to 1 or more.")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps}: set it to a whole number from 1 on.")
     prediction = Prediction(model, inputs, place, target)
     words = prediction.embeddings(prediction.input_ids)
     baseline = prediction.mask_embedding(mask_token_id).expand_as(words)

@@ -180,9 +180,11 @@ def faithfulness(
         tokens removed, with intervals; "processor seconds" for an example.
 
     Raises:
-        ValueError: no example, or one with fewer than 3 candidates; as in `explain_prediction`.
+        ValueError: no example, no method, or an example with fewer than 3 candidates; as in `explain_prediction`.
     """
     methods = METHODS if methods is None else methods
+    if not methods:
+        raise ValueError("methods={}: there is nothing to measure; give one or more, or None for all.")
     if not examples:
         raise ValueError("examples=[]: there is nothing to measure; give texts of 4 words or more.")
     for number, example in enumerate(examples):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .models import check_layer, hooks, lambda_layers, project_queries
+from .models import REPLACED, check_layer, hooks, lambda_layers, project_queries
 from .traces import trace_lambdas
 
+WORDS = ("zero", "mean")
 Replacement = torch.Tensor | str | Mapping[str, Any]
 
 
@@ -20,7 +21,8 @@ def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replaceme
 
     A content lambda has no places, so that of a text of any length fits. The position and repetition lambdas stay as
     they are, and so do values and keys. The model's `lambda_params` show what was applied. A replacement equal to the
-    layer's own content lambda leaves every bit of the output as it was.
+    layer's own content lambda leaves every bit of the output as it was. Explanations, and maps and shares of a trace
+    from within, would be of keys that are not used, and are refused.
 
     Args:
         model: a LambdaBERT of any class, in evaluation mode.
@@ -31,15 +33,20 @@ def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replaceme
             the inputs of another text, or of one text for each row: its content lambda of that layer.
 
     Raises:
-        ValueError: an unknown layer or word, a content lambda of another shape, the mean of a single row.
+        ValueError: an unknown layer or word, a content lambda of another shape, the mean of a single row, a layer whose
+            content lambda is replaced already.
     """
     layers = lambda_layers(model)
     contents: dict[int, torch.Tensor | str] = {}
     for index, replacement in replacements.items():
         check_layer(index, len(layers))
+        if layers[index] in REPLACED:
+            raise ValueError(
+                f"replacements[{index}]: the content lambda of this layer is replaced already; leave that first."
+            )
         if isinstance(replacement, Mapping):
             contents[index] = trace_lambdas(model, replacement).layers[index].content
-        elif isinstance(replacement, torch.Tensor) or replacement in ("zero", "mean"):
+        elif isinstance(replacement, torch.Tensor) or (isinstance(replacement, str) and replacement in WORDS):
             contents[index] = replacement
         else:
             raise ValueError(
@@ -67,7 +74,12 @@ def replace_lambdas(model: PreTrainedModel, replacements: Mapping[int, Replaceme
     # ahead of those that record outputs
     options = {"with_kwargs": True, "prepend": True}
     with hooks([layers[index].register_forward_hook(hook(index), **options) for index in contents]):
-        yield model
+        replaced = [layers[index] for index in contents]
+        REPLACED.update(replaced)
+        try:
+            yield model
+        finally:
+            REPLACED.difference_update(replaced)
 
 
 def _content_lambda(replacement: torch.Tensor | str, own: torch.Tensor, index: int) -> torch.Tensor:

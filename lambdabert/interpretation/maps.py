@@ -11,7 +11,7 @@ import torch
 from einops import einsum
 
 from .models import check_layer, toeplitz
-from .traces import LambdaTrace
+from .traces import LambdaTrace, LayerTrace
 
 PARTS = ("content", "position", "repetition", "all")
 
@@ -28,12 +28,11 @@ def attention(trace: LambdaTrace, layer: int, part: str = "all") -> torch.Tensor
         [B, H, N, M, U], zero where m is padding.
 
     Raises:
-        ValueError: an unknown layer or part; the part of T in a model without.
+        ValueError: an unknown layer or part; the part of T in a model without; a replaced content lambda.
     """
-    check_layer(layer, len(trace.layers))
+    one = _layer_of_own_keys(trace, layer)
     if part not in PARTS:
         raise ValueError(f"part={part!r} is unknown; give one of {', '.join(PARTS)}.")
-    one = trace.layers[layer]
     if part == "repetition" and one.repetition_embeddings is None:
         raise ValueError(
             'part="repetition": the model has no repetition lambda (repetition_context_size=None); give another part.'
@@ -79,10 +78,9 @@ def token_shares(trace: LambdaTrace, layer: int) -> TokenShares:
         layer: 0 for the first.
 
     Raises:
-        ValueError: an unknown layer.
+        ValueError: an unknown layer; a replaced content lambda.
     """
-    check_layer(layer, len(trace.layers))
-    one = trace.layers[layer]
+    one = _layer_of_own_keys(trace, layer)
     is_token = trace.token_mask[:, :, None, None]  # a row without a token has uniform keys
     products = einsum(one.content_keys * is_token, one.values, "b m k u, b m v u -> b m k v u")
     contributions = products.sum(-1)
@@ -93,6 +91,16 @@ def token_shares(trace: LambdaTrace, layer: int) -> TokenShares:
     others = _sum_of_others(one.keys * is_token)[:, :, :, None]
     left_out = torch.where(others > 0, _sum_of_others(products) / others, 0).sum(-1)
     return TokenShares(contributions, shares, left_out)
+
+
+def _layer_of_own_keys(trace: LambdaTrace, layer: int) -> LayerTrace:
+    check_layer(layer, len(trace.layers))
+    if trace.layers[layer].is_replaced:
+        raise ValueError(
+            f"layer={layer}: its content lambda was replaced while it was traced, and is not of its keys; trace the "
+            "text outside of replace_lambdas."
+        )
+    return trace.layers[layer]
 
 
 def _sum_of_others(terms: torch.Tensor) -> torch.Tensor:

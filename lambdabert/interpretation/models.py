@@ -6,6 +6,7 @@ Nothing here imports the model's files: a model that came from a saved folder ha
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any, Iterator
+from weakref import WeakSet
 
 import torch
 from einops import rearrange
@@ -32,6 +33,9 @@ def lambda_layers(model: PreTrainedModel) -> list[Any]:
             "model.eval() first."
         )
     return layers
+
+
+REPLACED: WeakSet[Any] = WeakSet()  # layers whose content lambda is another at the moment
 
 
 def check_layer(layer: int, count: int) -> None:

@@ -45,7 +45,7 @@ class Prediction:
         """[MASK] as a tensor [], by default the token at `place` of a masked language model.
 
         Raises:
-            ValueError: no id given, and none to be found.
+            ValueError: no id given, and none to be found; another token than the config's [MASK] there.
         """
         if mask_token_id is None:
             if not hasattr(self.model, "cls") or not hasattr(self.model.cls, "predictions") or self.place is None:
@@ -60,6 +60,12 @@ class Prediction:
                     "mask the place or give mask_token_id."
                 )
             (mask_token_id,) = found
+            known = self.model.config.mask_token_id
+            if known is not None and mask_token_id != known:
+                raise ValueError(
+                    f"place={self.place} holds token {mask_token_id}, and [MASK] is {known}: mask the place, or give "
+                    "mask_token_id to explain a prediction at a word."
+                )
         vocabulary = self.model.config.vocab_size
         if not 0 <= mask_token_id < vocabulary:
             raise ValueError(

@@ -98,7 +98,8 @@ def probe(
         dimension: principal components of train that replace the features, where there are more features. None = all.
 
     Raises:
-        ValueError: scikit-learn is missing; sizes that differ; features that are not finite; labels of one class; a
+        ValueError: scikit-learn is missing; sizes that differ; features that are not finite; labels of one class or
+            NaN; a
             group with a single member; a split that is unknown or empty, or leaves train one class.
     """
     _require_scikit_learn()
@@ -112,6 +113,8 @@ def probe(
         raise ValueError(f"features has shape {table.shape}, or numbers that are not finite; give finite [S, F].")
     if dimension is not None and dimension < 1:
         raise ValueError(f"dimension={dimension} leaves no feature; set it to 1 or more.")
+    if np.asarray(labels).dtype.kind == "f" and np.isnan(labels).any():
+        raise ValueError("labels holds NaN, which is no class; leave these examples out.")
     if np.issubdtype(given.dtype, np.integer):
         from scipy.sparse import csr_array
 

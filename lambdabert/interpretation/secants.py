@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .models import (
+    REPLACED,
     content_gain,
     hooks,
     lambda_layers,
@@ -177,6 +178,8 @@ def secants(model: PreTrainedModel) -> Iterator[dict[Any, Branches]]:
     """
     branches: dict[Any, Branches] = {}
     layers = lambda_layers(model)
+    if any(layer in REPLACED for layer in layers):
+        raise ValueError("content lambdas are replaced, which are not of the text's keys: leave replace_lambdas first.")
     within = {id(module) for layer in layers for module in layer.modules()}
 
     def lambda_hook(layer: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:

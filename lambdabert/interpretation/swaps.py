@@ -50,32 +50,39 @@ def swap_effects(
         inputs: of the text, one row.
         other: of the other text, one row; its lambdas are those of the model unchanged.
         places: whose likeliest token is reported.
-        predicted: the places at which the model was trained to predict, [CLS] and [SEP] not among them; None = all.
-            Without effect where it classifies whole texts.
+        predicted: the places at which the model was trained to predict, [CLS] and [SEP] not among them; None = all that
+            hold a token. Without effect where it classifies whole texts.
 
     Raises:
-        ValueError: as in `trace_lambdas`; several rows.
+        ValueError: as in `trace_lambdas`; several rows; a place without a token; no place in `predicted`.
     """
     for name, some in (("inputs", inputs), ("other", other)):
         if len(some["input_ids"]) != 1:
             raise ValueError(f"{name} has {len(some['input_ids'])} rows; give one text.")
     count = len(lambda_layers(model))
     own, others = trace_lambdas(model, inputs), trace_lambdas(model, other)
+    of_text = own.token_mask[0].nonzero()[:, 0].tolist()
+    for name, given in (("places", places), ("predicted", predicted)):
+        if outside := [place for place in given or () if place not in of_text]:
+            raise ValueError(f"{name} holds {outside[0]}, where the text has no token; give some of {of_text}.")
+    if predicted is not None and not len(predicted):
+        raise ValueError("predicted=[]: there is no prediction to compare; give one place or more, or None for all.")
     before, states = _log_probabilities(model, own.outputs), own.outputs.hidden_states[-1]
     effects = []
     for layer in (*range(count), None):
         replaced = range(count) if layer is None else (layer,)
         with replace_lambdas(model, {index: others.layers[index].content for index in replaced}):
             swapped = trace_lambdas(model, inputs).outputs
-        change = (swapped.hidden_states[-1] - states).norm(dim=-1) / states.norm(dim=-1)
+        change = ((swapped.hidden_states[-1] - states).norm(dim=-1) / states.norm(dim=-1))[own.token_mask]
         after = _log_probabilities(model, swapped)
         divergence = changed = None
         if before is not None and after is not None:
             nats = (before.exp() * (before - after)).sum(-1)  # [1, N] of tokens, [1] of classes, [1, C] of labels
             of_tokens = nats.dim() == 2 and model.config.problem_type != "multi_label_classification"
             others_likeliest = before.argmax(-1) != after.argmax(-1)
-            if predicted is not None and of_tokens:
-                nats, others_likeliest = nats[:, [*predicted]], others_likeliest[:, [*predicted]]
+            if of_tokens:
+                compared = of_text if predicted is None else [*predicted]
+                nats, others_likeliest = nats[:, compared], others_likeliest[:, compared]
             divergence, changed = nats.mean().item(), others_likeliest.double().mean().item()
         cosine = None
         if layer is not None:

@@ -72,9 +72,11 @@ def neighbours(
         count: neighbours of each text.
 
     Raises:
-        ValueError: fewer than 3 texts, other than S topics, no neighbour.
+        ValueError: fewer than 3 texts, other than S topics, no neighbour, features that are not finite or the same for
+            all texts.
     """
     found = []
+    topics = None if topics is None else _as_list(topics)
     number_of = {topic: number for number, topic in enumerate(dict.fromkeys(topics or ()))}
     for name, rows in features.items():
         texts = len(rows)
@@ -84,6 +86,10 @@ def neighbours(
             raise ValueError(f"count={count}: each text has {texts - 1} others; give 1 to {texts - 1}.")
         if topics is not None and len(topics) != texts:
             raise ValueError(f"topics has {len(topics)} entries for {texts} texts; give one for each.")
+        if not rows.isfinite().all():
+            raise ValueError(f"features[{name!r}] holds numbers that are not finite; leave these texts out.")
+        if (rows == rows[0]).all():
+            raise ValueError(f"features[{name!r}] are the same for all texts, so that none is nearer; leave them out.")
         directions = F.normalize(rows.double() - rows.double().mean(0), dim=-1)
         cosines = (directions @ directions.T).fill_diagonal_(-torch.inf)
         nearest = cosines.topk(count)
@@ -96,7 +102,15 @@ def neighbours(
     return found
 
 
+def _as_list(topics: Any) -> list[Any]:
+    """Topics as values that are alike where they are equal; those of a tensor or an array are not."""
+    return topics.tolist() if hasattr(topics, "tolist") else list(topics)
+
+
 def chance(topics: Sequence[Any]) -> float:
     """The share of texts that would have a neighbour of their topic if neighbours were drawn at random."""
+    topics = _as_list(topics)
+    if len(topics) < 2:
+        raise ValueError(f"topics has {len(topics)} entries, and a text without another has no neighbour; give more.")
     counts = Counter(topics).values()
     return sum(count * (count - 1) for count in counts) / (len(topics) * (len(topics) - 1))

@@ -9,6 +9,7 @@ from einops import rearrange
 from transformers import PreTrainedModel
 
 from .models import (
+    REPLACED,
     content_gain,
     hooks,
     lambda_layers,
@@ -33,6 +34,7 @@ class LayerTrace:
         values: [B, M, V, U], zero at padding.
         content_gain: [K], what the layer multiplies its content lambda by; ones where it learns no gain.
         content: the content lambda that was applied, [B, K, V].
+        is_replaced: whether that is another than its own, put there by `replace_lambdas`.
         outputs: [B, N, H, V]
         relative_embeddings: the layer's E, [R, K, U]; its middle is the offset m - n = 0.
         repetition_embeddings: its T, [R', K, U]; its middle is an occurrence itself. None without a repetition lambda.
@@ -45,6 +47,7 @@ class LayerTrace:
     values: torch.Tensor
     content_gain: torch.Tensor
     content: torch.Tensor
+    is_replaced: bool
     outputs: torch.Tensor
     relative_embeddings: torch.Tensor
     repetition_embeddings: torch.Tensor | None
@@ -105,6 +108,7 @@ def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTr
             values=project_values(layer, hidden_states, token_mask),
             content_gain=content_gain(layer).detach(),
             content=output[1],
+            is_replaced=layer in REPLACED,
             outputs=rearrange(output[0], "b n (h v) -> b n h v", h=queries.shape[2]),
             relative_embeddings=layer.relative_embeddings.detach(),
             repetition_embeddings=None if table is None else table.detach(),

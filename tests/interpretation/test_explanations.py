@@ -120,7 +120,7 @@ def test_layers_show_the_repetition_lambda_that_is_there(make_model, masked, rep
         model.bert.encoder.layer[0].attention.self.relative_embeddings.zero_()
         model.bert.encoder.layer[0].attention.self.content_gain.zero_()
         model.bert.encoder.layer[1].attention.self.repetition_embeddings.zero_()
-    first, second = explain_prediction(model, masked(model), 2, 7).layers
+    first, second = explain_prediction(model, masked(model), 2, 7, MASK).layers
     assert max(first.content.abs().max(), first.position.abs().max()) < 1e-12 < 1e-3 < first.repetition.abs().max()
     assert second.repetition.abs().max() < 1e-12 < 1e-3 < second.position.abs().max()
 
@@ -230,7 +230,7 @@ class TestIntegratedGradients:
     def test_completeness_with_repetitions(self, make_model, masked, repetition):
         model = make_model(**repetition)
         inputs = masked(model)
-        found = integrated_gradients(model, inputs, 2, 7, steps=400)
+        found = integrated_gradients(model, inputs, 2, 7, MASK, steps=400)
         torch.testing.assert_close(found.logit, logits_of(model, inputs, 2, 7), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(found.tokens.sum(1) + found.bias, found.logit, rtol=1e-3, atol=1e-3)
 
@@ -283,6 +283,13 @@ class TestRefusals:
             explain_prediction(model, holey(model), 2, 1)
         with pytest.raises(ValueError, match="mask_token_id=60 is not in the vocabulary"):
             explain_prediction(model, masked(model), 2, 1, mask_token_id=60)
+        inputs = masked(model)
+        inputs["input_ids"][:, 2] = 9
+        model.config.mask_token_id = MASK
+        with pytest.raises(ValueError, match=r"place=2 holds token 9, and \[MASK\] is 4: mask the place"):
+            explain_prediction(model, inputs, 2, 1)
+        with pytest.raises(ValueError, match="steps=1.5: set it to a whole number"):
+            integrated_gradients(model, masked(model), 2, 1, steps=1.5)
 
     def test_no_lambda_layers(self):
         with pytest.raises(ValueError, match="model=Linear has no lambda layers"):

@@ -128,6 +128,8 @@ def test_refusals(make_model, make_inputs, text):
     with pytest.raises(ValueError, match=r"examples=\[\]"):
         faithfulness(model, [], MASK)
     inputs = make_inputs(type(model), model.config, batch=1)
+    with pytest.raises(ValueError, match="methods={}"):
+        faithfulness(model, [Example(inputs, 2, 7, torch.tensor([0, 1, 3]))], MASK, {})
     with pytest.raises(ValueError, match=r"examples\[0\] has 2 candidates"):
         faithfulness(model, [Example(inputs, 2, 7, torch.tensor([0, 1]))], MASK)
     tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lambda_kernels
-from lambdabert.interpretation import replace_lambdas, trace_lambdas
+from lambdabert.interpretation import attention, explain_prediction, replace_lambdas, token_shares, trace_lambdas
 
 
 @pytest.mark.parametrize("mask", ["none", "whole", "holes", "tiles and holes"])
@@ -97,3 +97,24 @@ def test_refusals(make_model, make_inputs):
     with pytest.raises(ValueError, match=r'replacements\[0\]="mean": the batch has 1 row'):
         run({0: "mean"})
     assert len(model.bert.encoder.layer[0].attention.self._forward_hooks) == hooks
+
+
+def test_what_is_explained_by_keys_is_refused_while_others_lambdas_are_there(make_model, make_inputs):
+    model = make_model()
+    inputs = make_inputs(type(model), model.config, batch=1)
+    with replace_lambdas(model, {1: "zero"}):
+        trace = trace_lambdas(model, inputs)
+        with pytest.raises(ValueError, match="content lambdas are replaced"):
+            explain_prediction(model, inputs, 2, 7, mask_token_id=4)
+        with pytest.raises(
+            ValueError, match=r"replacements\[1\]: the content lambda of this layer is replaced already"
+        ):
+            with replace_lambdas(model, {1: torch.ones(3, 5)}):
+                pass
+        with replace_lambdas(model, {0: "zero"}):
+            assert not any(content.any() for content in model(**inputs, output_lambda_params=True).lambda_params)
+    for of_keys in (attention, token_shares):
+        with pytest.raises(ValueError, match="layer=1: its content lambda was replaced"):
+            of_keys(trace, 1)
+        of_keys(trace, 0)
+    explain_prediction(model, inputs, 2, 7, mask_token_id=4)

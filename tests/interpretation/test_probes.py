@@ -292,6 +292,7 @@ class TestRefusals:
             ({"splits": ["train"] * 199 + ["test"]}, "splits: no example is in 'dev'"),
             ({"dimension": 0}, "dimension=0"),
             ({"features": np.full((200, 2), np.nan)}, "features has shape .*not finite"),
+            ({"labels": [0.0, 1.0, float("nan"), 1.0] * 50}, "labels holds NaN"),
         ],
     )
     def test_data(self, separable, arguments, message):
