@@ -253,6 +253,12 @@ class TestSwap:
         with pytest.raises(ValueError, match=message):
             swap_effects(model, inputs, inputs, **places)
 
+    def test_a_class_of_a_text_has_no_place(self, folders):
+        model, tokenizer = load(folders, "ForSequenceClassification")
+        inputs = tokenizer(SENTENCES[0], return_tensors="pt")
+        with pytest.raises(ValueError, match="places: the model predicts once for a text"):
+            swap_effects(model, inputs, inputs, places=[1])
+
     def test_a_text_with_itself_changes_nothing(self, folders):
         model, tokenizer = load(folders, "ForMaskedLM")
         inputs = tokenizer(SENTENCES[0], return_tensors="pt")

@@ -142,8 +142,10 @@ def masked_examples(tokenizer: Any, texts: Iterable[str], max_length: int = 128,
         seed: of the masks.
 
     Raises:
-        ValueError: the tokenizer has no [MASK].
+        ValueError: the tokenizer has no [MASK]; one text in place of several.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"texts={texts[:40]!r} is a single text; give a list of them.")
     if tokenizer.mask_token_id is None:
         raise ValueError(f"tokenizer={type(tokenizer).__name__} has no [MASK]; give one of a masked language model.")
     generator = torch.Generator().manual_seed(seed)
@@ -188,6 +190,8 @@ def faithfulness(
     if not examples:
         raise ValueError("examples=[]: there is nothing to measure; give texts of 4 words or more.")
     for number, example in enumerate(examples):
+        if (rows := len(example.inputs["input_ids"])) != 1:
+            raise ValueError(f"examples[{number}] has {rows} rows; give one text each.")
         if len(example.candidates) < 3:
             raise ValueError(
                 f"examples[{number}] has {len(example.candidates)} candidates, too few for ranks; give 3 or more."

@@ -78,8 +78,8 @@ def save_html(
         The file.
 
     Raises:
-        ValueError: the file exists; a row or a number of tokens that the trace does not have;
-            numbers that are not finite.
+        ValueError: the file exists; a row or a number of tokens that the trace does not have; an explanation of several
+            rows or of another length; numbers that are not finite.
     """
     file = Path(file)
     if file.exists():
@@ -185,6 +185,12 @@ def pack(tensor: torch.Tensor) -> dict[str, Any]:
 def _attributions(prediction: ExplainedPrediction | None, kept: torch.Tensor) -> dict[str, list[float]]:
     if prediction is None:
         return {}
+    shape = tuple(prediction.explanation.tokens.shape)
+    if len(shape) != 2 or shape[0] != 1 or shape[1] <= kept.max():
+        raise ValueError(
+            f"prediction: its explanation is of {list(shape)} tokens, and the row has them up to place {kept.max()}; "
+            "explain that row alone."
+        )
     return {name: way.tokens[0, kept].tolist() for name, way in prediction.ways().items()}
 
 

@@ -146,7 +146,8 @@ def lambda_output(
     values = norm(layer.value_norm, layer.to_values(hidden_states))
     if token_mask is not None:
         padding = ~token_mask.bool()[..., None]
-        masked_logits = key_logits.masked_fill(padding, torch.finfo(key_logits.dtype).min)
+        # a quarter of the lowest number, so that what softmax subtracts and sums over padding stays finite
+        masked_logits = key_logits.masked_fill(padding, torch.finfo(key_logits.dtype).min / 4)
         values = values.masked_fill(padding, 0)
     keys = rearrange(softmax(masked_logits), "b m (k u) -> b m k u", u=layer.intra_depth)
     values = rearrange(values, "b m (v u) -> b m v u", u=layer.intra_depth)

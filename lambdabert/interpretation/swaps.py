@@ -88,6 +88,8 @@ def swap_effects(
         if layer is not None:
             content, content_of_other = (one.layers[layer].content.flatten() for one in (own, others))
             cosine = torch.cosine_similarity(content, content_of_other, dim=0).item()
+        if len(places) and after is not None and not of_tokens:
+            raise ValueError("places: the model predicts once for a text, and not at a place; leave them out.")
         likeliest = [int(after[0, place].argmax()) for place in places] if after is not None else []
         effects.append(SwapEffect(layer, cosine, change.mean().item(), divergence, changed, likeliest))
     return effects

@@ -296,6 +296,21 @@ class TestRefusals:
             explain_prediction(torch.nn.Linear(2, 2), {}, 2, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_padding_leaves_finite_numbers_in_every_precision(make_model, masked, dtype):
+    """The scores of the keys are far apart, and one row is padding alone."""
+    model = make_model("LambdaBertForSequenceClassification").to(dtype)
+    with torch.no_grad():
+        for block in model.bert.encoder.layer:
+            block.attention.self.to_keys.weight.mul_(30)
+    inputs = masked(model)
+    inputs["attention_mask"][2] = 0
+    found = explain_prediction(model, inputs, None, 1, MASK)
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.2, torch.float32: 1e-4}[dtype]
+    torch.testing.assert_close(found.tokens.sum(1) + found.bias, found.logit, rtol=tolerance, atol=tolerance)
+    assert not found.tokens[inputs["attention_mask"] == 0].any()
+
+
 def test_every_class_is_asked(make_model):
     asked = {name for name, _, _ in NAMES_AND_QUESTIONS} | {"LambdaBertModel", "LambdaBertPreTrainedModel"}
     assert asked == set(modeling_lambdabert.__all__)

@@ -128,6 +128,11 @@ def test_refusals(make_model, make_inputs, text):
     with pytest.raises(ValueError, match=r"examples=\[\]"):
         faithfulness(model, [], MASK)
     inputs = make_inputs(type(model), model.config, batch=1)
+    two = make_inputs(type(model), model.config, batch=2)
+    with pytest.raises(ValueError, match=r"examples\[0\] has 2 rows"):
+        faithfulness(model, [Example(two, 2, 7, torch.tensor([0, 1, 3]))], MASK)
+    with pytest.raises(ValueError, match="texts='a b c d' is a single text"):
+        masked_examples(AutoTokenizer.from_pretrained(text / "tokenizer"), "a b c d")
     with pytest.raises(ValueError, match="methods={}"):
         faithfulness(model, [Example(inputs, 2, 7, torch.tensor([0, 1, 3]))], MASK, {})
     with pytest.raises(ValueError, match=r"examples\[0\] has 2 candidates"):
