@@ -211,8 +211,8 @@ def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor |
 
 def can_read_values(tensor: torch.Tensor) -> bool:
     """Whether Python may branch on a tensor's values: not in a program that is compiled, exported, traced or captured,
-    which must work for others too, and not on the meta device, where there are none."""
-    return not is_tracing(tensor) and not tensor.is_meta
+    which must work for others too, not on the meta device, where there are none, and not within `torch.func.vmap`."""
+    return not is_tracing(tensor) and not tensor.is_meta and not torch._C._functorch.is_batchedtensor(tensor)
 
 
 def as_token_mask(attention_mask: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor | None:

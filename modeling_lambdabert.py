@@ -506,8 +506,11 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             )
         if inputs_embeds is None and tokens.dim() != 2:
             raise ValueError(f"input_ids is {list(tokens.shape)}: give [batch, length].")
-        if input_ids is None and tokens.dim() != 3:
-            raise ValueError(f"inputs_embeds is {list(tokens.shape)}: give [batch, length, hidden_size].")
+        if input_ids is None and (tokens.dim() != 3 or tokens.shape[2] != self.config.hidden_size):
+            raise ValueError(
+                f"inputs_embeds is {list(tokens.shape)}: give [batch, length, hidden_size={self.config.hidden_size}]."
+            )
+        self.embeddings.check_positions(tokens.shape[:2], position_ids)
         # an accelerator, which refuses such tokens by itself, would have to be waited for
         table = self.embeddings.word_embeddings
         is_looked_up = input_ids is not None and type(table) is nn.Embedding and tokens.device.type == "cpu"
@@ -518,7 +521,6 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                     f"input_ids range from {lowest} to {highest}, but there are embeddings of 0 to "
                     f"{table.num_embeddings - 1}: use the model's own tokenizer, or resize_token_embeddings."
                 )
-        self.embeddings.check_positions(tokens.shape[:2], position_ids)
         is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:
             raise ValueError(

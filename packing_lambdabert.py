@@ -23,6 +23,11 @@ GROUP_SPREAD = 0.75  # shortest row of a group over its longest; less makes fewe
 ONE_GROUP_ON_GPU = 2**17  # places of a batch whose padding costs a GPU less than starting the kernels of more groups
 
 
+def _check_bool(token_mask: torch.Tensor | None) -> None:
+    if token_mask is not None and token_mask.dtype != torch.bool:
+        raise ValueError(f"token_mask is of {token_mask.dtype}: give attention_mask.bool().")
+
+
 class Padded:
     """The layout of a batch that is computed as it is given, padding included.
 
@@ -36,9 +41,13 @@ class Padded:
         groups: the groups of rows that a lambda layer takes; this one alone.
         mask: the mask of this group.
         repetitions: its places that hold the same token; None without `token_ids`.
+
+    Raises:
+        ValueError: a mask that is not bool.
     """
 
     def __init__(self, token_mask: torch.Tensor | None, token_ids: torch.Tensor | None = None):
+        _check_bool(token_mask)
         self.token_mask = self.attention_mask = self.mask = token_mask
         self.groups: tuple[Padded, ...] = (self,)
         self.repetitions = None if token_ids is None else Repetitions(token_ids, token_mask)
@@ -114,11 +123,15 @@ class Packing:
         groups: the rows that hold a token, by length.
         rows: the groups' rows, in their order.
         places: [T], the place of each packed token among the B N of the batch.
+
+    Raises:
+        ValueError: a mask that is not bool.
     """
 
     attention_mask: torch.Tensor | None = None
 
     def __init__(self, token_mask: torch.Tensor, token_ids: torch.Tensor | None = None):
+        _check_bool(token_mask)
         self.token_mask = token_mask
         batch, length = token_mask.shape
         self.shape = batch, length

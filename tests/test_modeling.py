@@ -1268,6 +1268,9 @@ class TestShapes:
             model(torch.tensor([1, 2, 3]))
         with pytest.raises(ValueError, match=r"inputs_embeds is \[3, 20\]: give"):
             model(inputs_embeds=torch.zeros(3, 20))
+        for width in (1, 9):
+            with pytest.raises(ValueError, match=rf"inputs_embeds is \[3, 5, {width}\]: give .*hidden_size=20"):
+                model(inputs_embeds=torch.zeros(3, 5, width))
         choices = build(modeling.LambdaBertForMultipleChoice, make_config())
         with pytest.raises(ValueError, match=r"input_ids is \[2, 5\]: give \[batch, choices, length\]"):
             choices(torch.ones(2, 5, dtype=torch.long))

@@ -20,6 +20,12 @@ def mask(request):
     return torch.tensor(MASKS[request.param], dtype=torch.bool)
 
 
+@pytest.mark.parametrize("layout", [Packing, Padded])
+def test_a_mask_of_numbers_is_refused(layout):
+    with pytest.raises(ValueError, match=r"token_mask is of torch.int64: give attention_mask.bool\(\)"):
+        layout(torch.tensor([[1, 1, 0]]))
+
+
 def test_unpack_undoes_pack(mask):
     padded = torch.randn(3, 5, 2)
     packing = Packing(mask)

@@ -51,6 +51,13 @@ PRIVATE = {
         "LambdaLayer asks whether a backward pass is running: else activation checkpointing, which computes the layer "
         "again in it, would update BatchNorm's running statistics twice.",
     ),
+    "_functorch": (
+        lambda: (
+            not torch._C._functorch.is_batchedtensor(torch.zeros(2))
+            and torch.func.vmap(lambda row: row + torch._C._functorch.is_batchedtensor(row))(torch.zeros(2)).all()
+        ),
+        "Masks, tokens and positions are not looked at within vmap: else a vmapped model would fail.",
+    ),
     "_is_exporting_flag": (
         lambda: torch.compiler._is_exporting_flag is torch.compiler.is_exporting() is False,
         "The layer asks whether a program is exported: else exported programs would have operators that runtimes lack.",
