@@ -175,13 +175,6 @@ def test_layer_norm_of_a_single_channel_of_values_is_refused():
         assert LambdaBertConfig(hidden_size=16, num_lambda_queries=16, **fields).hidden_size == 16
 
 
-def test_layer_norm_of_a_single_channel_of_queries_is_refused():
-    with pytest.raises((ValueError, StrictDataclassError), match="key_depth=1 with num_lambda_queries=1 .*own mean"):
-        LambdaBertConfig(num_lambda_queries=1, key_depth=1)
-    for fields in ({"lambda_norm": "rms"}, {"key_depth": 2}):
-        assert LambdaBertConfig(**{"num_lambda_queries": 1, "key_depth": 1, **fields}).num_lambda_queries == 1
-
-
 @pytest.mark.parametrize(
     "positions, scope, longest", [("absolute", None, 77), ("absolute", 25, 77), ("none", None, 77), ("none", 25, None)]
 )
