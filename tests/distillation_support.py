@@ -1,6 +1,7 @@
-"""What the tests of distillation share: a small recipe, and runs of it."""
+"""What the tests of distillation share: a small recipe, runs of it, and another layout of a sentence model."""
 
 import json
+from pathlib import Path
 
 import distill_from_bert
 from training_support import SCHEDULE, finish, start_command
@@ -40,3 +41,16 @@ def distilled(tmp_path, text, teacher, **values):
     log = tmp_path / "log"
     assert finish(distil(write_recipe(tmp_path / "run.json", text, teacher, **values), log)) == [0], log.read_text()
     return tmp_path / "run", log.read_text()
+
+
+def move_encoder_to_subfolder(folder):
+    """Moves the encoder of a saved sentence-transformers model to a subfolder, which is returned."""
+    encoder = folder / "0_Transformer"
+    encoder.mkdir()
+    for file in filter(Path.is_file, list(folder.iterdir())):
+        if file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+            file.rename(encoder / file.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = encoder.name
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return encoder

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 import export_model as command
 import modeling_lambdabert
+from distillation_support import move_encoder_to_subfolder
 from lambdabert.deployment import checks, export, export_model
 from lambdabert.deployment.loading import load_program
 from lambdabert.deployment.programs import make_inputs, silence
@@ -359,14 +360,7 @@ class TestMistakes:
         assert len(load_program(sentences).program.sentence_modules) == 2
 
     def test_a_sentence_encoder_in_a_subfolder(self, sentences, teachers):
-        encoder = sentences / "0_Transformer"
-        encoder.mkdir()
-        for file in filter(Path.is_file, list(sentences.iterdir())):
-            if file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
-                file.rename(encoder / file.name)
-        modules = json.loads((sentences / "modules.json").read_text())
-        modules[0]["path"] = encoder.name
-        (sentences / "modules.json").write_text(json.dumps(modules))
+        encoder = move_encoder_to_subfolder(sentences)
         assert load_program(sentences).tokenizer.model_max_length == 24
         shutil.copy(teachers / "plain" / "config.json", encoder)
         with pytest.raises(ValueError, match="0_Transformer is of type bert"):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertModel, RobertaConfig, RobertaModel
 
 import modeling_lambdabert
+from distillation_support import move_encoder_to_subfolder
 from lambdabert.distillation.loading import (
     STUDENTS,
     load_bert_and_tokenizer,
@@ -39,15 +39,9 @@ def test_teachers_compute_in_float32_whatever_they_are_stored_in(teachers, sente
 
 
 def test_the_precision_of_an_encoder_in_a_subfolder_is_reported(sentence_teacher, tmp_path, caplog):
-    folder, encoder = tmp_path / "sentences", tmp_path / "sentences" / "0_Transformer"
+    folder = tmp_path / "sentences"
     shutil.copytree(sentence_teacher, folder)
-    encoder.mkdir()
-    for file in filter(Path.is_file, list(folder.iterdir())):
-        if file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
-            file.rename(encoder / file.name)
-    modules = json.loads((folder / "modules.json").read_text())
-    modules[0]["path"] = encoder.name
-    (folder / "modules.json").write_text(json.dumps(modules))
+    encoder = move_encoder_to_subfolder(folder)
     fields = json.loads((encoder / "config.json").read_text())
     (encoder / "config.json").write_text(json.dumps(fields | {"dtype": "float16"}))
     with caplog.at_level("INFO", "lambdabert"):
