@@ -85,11 +85,13 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
         row: of the trace.
 
     Raises:
-        ValueError: matplotlib is missing; an unknown layer; other than N tokens.
+        ValueError: matplotlib is missing; no layer, or an unknown one; an unknown row; other than N tokens.
     """
+    _check_row(row, len(trace.token_mask))
+    if layers is not None and not len(layers):
+        raise ValueError("layers=[]: there is no map to draw; give one layer or more, or None for all.")
     kept = trace.token_mask[row].nonzero()[:, 0]
-    if len(tokens) != trace.token_mask.shape[1]:
-        raise ValueError(f"tokens has {len(tokens)} entries for {trace.token_mask.shape[1]} places; give one for each.")
+    _check_tokens(tokens, trace.token_mask.shape[1])
     words = [tokens[place] for place in kept.tolist()]
     layers = range(len(trace.layers)) if layers is None else layers
     parts = ("content", "position", "repetition") if trace.has_repetition else ("content", "position")
@@ -118,6 +120,16 @@ def draw_maps(trace: LambdaTrace, tokens: Sequence[str], layers: Sequence[int] |
         scale, ax=axes, location="bottom", aspect=40, shrink=0.5, pad=0.01, label="fraction of the map's scale"
     )
     return figure
+
+
+def _check_row(row: int, count: int) -> None:
+    if not isinstance(row, int) or not 0 <= row < count:
+        raise ValueError(f"row={row!r}: the batch has {count} rows; give one of 0 ... {count - 1}.")
+
+
+def _check_tokens(tokens: Sequence[str], length: int) -> None:
+    if len(tokens) != length:
+        raise ValueError(f"tokens has {len(tokens)} entries for {length} places; give one for each.")
 
 
 def colour_map() -> Any:
@@ -160,8 +172,13 @@ def draw_contributions(tokens: Sequence[str], ways: Mapping[str, Attribution], t
         row: of the attributions.
 
     Raises:
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib is missing; no attribution; an unknown row; other than N tokens.
     """
+    if not ways:
+        raise ValueError("ways={}: there is nothing to draw; give one attribution or more, by name.")
+    for way in ways.values():
+        _check_row(row, len(way.tokens))
+        _check_tokens(tokens, way.tokens.shape[1])
     figure = new_figure(2 + 3 * len(ways), 1 + 0.22 * len(tokens))
     panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
     for panel, (name, way) in zip(panels, ways.items()):
@@ -182,12 +199,17 @@ def draw_probes(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     """Accuracy of each row of probing tasks with its interval, in full and at equal dimension.
 
     Args:
-        tasks: rows of `probe_task`, by task.
+        tasks: rows of `probe_task`, by task; the same rows in each.
 
     Raises:
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib is missing; no task; tasks of other rows.
     """
-    names = [row["row"] for row in next(iter(tasks.values()))]
+    if not tasks:
+        raise ValueError("tasks={}: there is nothing to draw; give the rows of one task or more, by its name.")
+    first, names = next((task, [row["row"] for row in rows]) for task, rows in tasks.items())
+    for task, rows in tasks.items():
+        if [row["row"] for row in rows] != names:
+            raise ValueError(f"tasks[{task!r}] has other rows than tasks[{first!r}]; draw them apart.")
     figure = new_figure(3 + 3 * len(tasks), 1 + 0.2 * len(names))
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, (task, rows) in zip(panels, tasks.items()):

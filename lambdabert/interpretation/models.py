@@ -18,8 +18,10 @@ def lambda_layers(model: PreTrainedModel) -> list[Any]:
     """The lambda layers of a LambdaBERT of any class, first layer first.
 
     Raises:
-        ValueError: a model without lambda layers, or one in training mode.
+        ValueError: a model without lambda layers, one wrapped by PEFT, or one in training mode.
     """
+    if hasattr(model, "get_base_model"):  # its parameters have other names, and its class no config alone
+        raise ValueError(f"model={type(model).__name__} wraps a LambdaBERT: give model.get_base_model().")
     blocks = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", ())
     layers = [getattr(getattr(block, "attention", None), "self", None) for block in blocks]
     if not layers or not all(hasattr(layer, "relative_embeddings") for layer in layers):
@@ -27,10 +29,10 @@ def lambda_layers(model: PreTrainedModel) -> list[Any]:
             f"model={type(model).__name__} has no lambda layers to look into: give a LambdaBERT; from_bert turns a "
             "BERT into one."
         )
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError(
-            "model.training=True: dropout and batch statistics would make what is found depend on chance; call "
-            "model.eval() first."
+            "model.training=True, of a part of it at least: dropout and batch statistics would make what is found "
+            "depend on chance; call model.eval() first."
         )
     return layers
 

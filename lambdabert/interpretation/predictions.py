@@ -22,8 +22,8 @@ class Prediction:
             for all rows or [B].
 
     Raises:
-        ValueError: no lambda layers, training mode, no head; a place or target that is missing, superfluous or out of
-            range; a place of padding.
+        ValueError: no lambda layers, training mode, no head; a place or target that is missing, superfluous, out of
+            range, no whole number, or for other than B rows; a place of padding.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, target: Index | str):
@@ -34,7 +34,25 @@ class Prediction:
         if "position_ids" in self.inputs:
             self.inputs["position_ids"] = self.inputs["position_ids"].expand_as(self.input_ids)
         self.token_mask = self.inputs["attention_mask"].bool()
+        if place is not None:
+            self._per_row("place", place)
+        if not isinstance(target, str):
+            self._per_row("target", target)
         self.place, self.target = place, target
+
+    def _per_row(self, name: str, given: Any) -> torch.Tensor:
+        """An index as one for each row, [B]."""
+        rows = len(self.input_ids)
+        try:
+            indices = torch.as_tensor(given, device=self.input_ids.device)
+        except (TypeError, ValueError, RuntimeError):
+            indices = None
+        is_whole = indices is not None and indices.dtype in (torch.int32, torch.int64)
+        if indices is None or not is_whole or indices.shape not in ((), (1,), (rows,)):
+            raise ValueError(
+                f"{name}={given!r}: give a whole number for all rows, or a tensor [{rows}] of one for each."
+            )
+        return indices.expand(rows)
 
     def embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Word embeddings [..., D] of ids."""
@@ -80,7 +98,7 @@ class Prediction:
     def at_place(self, of_tokens: torch.Tensor) -> torch.Tensor:
         """[B, N] or [B, N, C] at the place, [B] or [B, C]."""
         length = of_tokens.shape[1]
-        places = torch.as_tensor(self.place, device=of_tokens.device).expand(len(of_tokens))
+        places = self._per_row("place", self.place)
         if places.min() < 0 or places.max() >= length:
             raise ValueError(f"place={self.place}: the rows have {length} places; give one of 0 ... {length - 1}.")
         rows = torch.arange(len(of_tokens), device=of_tokens.device)
@@ -115,7 +133,7 @@ class Prediction:
         """[B] logits of the copy of the batch that starts at a row."""
         here = slice(start, start + len(self.input_ids))
         logits, choices, target = self._logits(outputs, here)
-        targets = torch.as_tensor(target, device=logits.device).expand(len(logits))
+        targets = self._per_row("target", target)
         if targets.min() < 0 or targets.max() >= choices:
             raise ValueError(f"target={self.target}: the model tells {choices} apart; give one of 0 ... {choices - 1}.")
         return logits.gather(1, targets[:, None])[:, 0]

@@ -98,11 +98,14 @@ def probe(
         dimension: principal components of train that replace the features, where there are more features. None = all.
 
     Raises:
-        ValueError: scikit-learn is missing; sizes that differ; features that are not finite; labels of one class or
-            NaN; a
-            group with a single member; a split that is unknown or empty, or leaves train one class.
+        ValueError: scikit-learn is missing; sizes that differ; features that are not finite; labels of one class, of
+            as many classes as examples, of mixed types or NaN; a group with a single member; a split that is unknown
+            or empty, or leaves train one class.
     """
     _require_scikit_learn()
+    if isinstance(features, torch.Tensor):
+        features = features.detach().cpu()
+        features = features.float() if features.is_floating_point() else features  # NumPy has no bfloat16
     given = np.asarray(features)
     table: Any = given.astype(np.float32)
     count = len(table)
@@ -119,9 +122,18 @@ def probe(
         from scipy.sparse import csr_array
 
         table = csr_array(table)
+    given_labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    kinds = {type(label.item() if hasattr(label, "item") else label).__name__ for label in given_labels}
+    if len(kinds) > 1:  # NumPy would make them strings
+        raise ValueError(f"labels has entries of types {', '.join(sorted(kinds))}; give classes of one type.")
     names, classes = np.unique(np.asarray(labels), return_inverse=True)
     if len(names) < 2:
         raise ValueError(f"labels={names.tolist()}: there is one class, and nothing to tell apart; give two or more.")
+    if len(names) == count:
+        raise ValueError(
+            f"labels: no two of the {count} examples have the same, so that none can be learned from another; give "
+            "classes, not measurements."
+        )
     members = _members(groups, count)
     if groups is not None and members.max() == 0:
         raise ValueError(f"groups={groups[0]!r} is the only group; give two or more, or none.")

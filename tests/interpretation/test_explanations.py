@@ -266,6 +266,16 @@ class TestRefusals:
             ("LambdaBertForSequenceClassification", 2, 1, "place=2: the model predicts once"),
             ("LambdaBertForSequenceClassification", None, 2, "target=2: the model tells 2 apart"),
             ("LambdaBertForQuestionAnswering", 2, 0, 'target=0.*"start" or "end"'),
+            ("LambdaBertForMaskedLM", "2", 1, "place='2': give a whole number for all rows, or a tensor"),
+            ("LambdaBertForMaskedLM", True, 1, "place=True: give a whole number"),
+            (
+                "LambdaBertForMaskedLM",
+                torch.arange(4),
+                1,
+                "place=tensor.*: give a whole number for all rows, or a tensor",
+            ),
+            ("LambdaBertForMaskedLM", 2, None, "target=None: give a whole number"),
+            ("LambdaBertForMaskedLM", 2, 1.0, "target=1.0: give a whole number"),
         ],
     )
     def test_questions(self, make_model, masked, name, place, token, message):

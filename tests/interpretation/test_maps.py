@@ -6,7 +6,15 @@ from einops import einsum
 
 import lambda_kernels
 import reference
-from lambdabert.interpretation import attention, draw_maps, token_shares, trace_lambdas
+from lambdabert.interpretation import (
+    Attribution,
+    attention,
+    draw_contributions,
+    draw_maps,
+    draw_probes,
+    token_shares,
+    trace_lambdas,
+)
 from packing_lambdabert import Padded
 
 
@@ -167,6 +175,33 @@ def test_figures_have_the_parts_of_the_model(make_model, holey, repetition):
         figure = draw_maps(trace_lambdas(model, holey(model)), ["word"] * 9, layers=[1])
         labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
         assert labels == [f"layer 1, {part}" for part in ["content", "position", *parts]]
+
+
+def test_figures_that_cannot_be_drawn(make_model, holey):
+    pytest.importorskip("matplotlib")
+    model = make_model()
+    trace = trace_lambdas(model, holey(model))
+    words = ["word"] * 9
+    for options, message in (
+        ({"row": 3}, "row=3: the batch has 3 rows; give one of 0 ... 2"),
+        ({"layers": []}, r"layers=\[\]: there is no map"),
+        ({"layers": [2]}, "layer=2: the model has 2"),
+        ({"tokens": words[1:]}, "tokens has 8 entries for 9 places"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_maps(**({"trace": trace, "tokens": words} | options))
+    way = Attribution(torch.zeros(3, 9), torch.zeros(3), torch.zeros(3))
+    for options, message in (
+        ({"row": 3}, "row=3: the batch has 3 rows"),
+        ({"tokens": words[1:]}, "tokens has 8 entries for 9 places"),
+        ({"ways": {}}, "ways={}: there is nothing to draw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_contributions(**({"tokens": words, "ways": {"exact": way}, "title": "a token"} | options))
+    with pytest.raises(ValueError, match="tasks={}: there is nothing to draw"):
+        draw_probes({})
+    with pytest.raises(ValueError, match=r"tasks\['tense'\] has other rows than tasks\['length'\]; draw them apart"):
+        draw_probes({"length": [{"row": "majority"}], "tense": [{"row": "bag of words"}]})
 
 
 def test_refusals(make_model, holey):

@@ -293,12 +293,19 @@ class TestRefusals:
             ({"dimension": 0}, "dimension=0"),
             ({"features": np.full((200, 2), np.nan)}, "features has shape .*not finite"),
             ({"labels": [0.0, 1.0, float("nan"), 1.0] * 50}, "labels holds NaN"),
+            ({"labels": ["a", float("nan")] * 100}, "labels has entries of types float, str; give classes of one type"),
+            ({"labels": [number / 7 for number in range(200)]}, "labels: no two of the 200 examples have the same"),
         ],
     )
     def test_data(self, separable, arguments, message):
         features, labels = separable
         with pytest.raises(ValueError, match=message):
             probe(**({"features": features, "labels": labels} | arguments))
+
+    def test_features_of_a_model_in_bfloat16_that_is_trained(self, separable):
+        features, labels = separable
+        rounded = torch.as_tensor(features).bfloat16().requires_grad_()
+        assert probe(rounded, labels).accuracies == probe(rounded.detach().float().numpy(), labels).accuracies
 
     def test_scikit_learn_is_missing(self, separable, monkeypatch):
         def absent(name, *rest, **keywords):

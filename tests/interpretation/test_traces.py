@@ -3,10 +3,11 @@
 import pytest
 import torch
 from einops import einsum
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import lambda_kernels
-from lambdabert.interpretation import attention, models, trace_lambdas
+from lambdabert.interpretation import attention, feature_rows, models, trace_lambdas
 
 
 def test_shapes(make_model, holey, model_class):
@@ -92,6 +93,18 @@ class TestRefusals:
         model = make_model().train()
         with pytest.raises(ValueError, match=r"model.training=True.*model.eval\(\)"):
             trace_lambdas(model, holey(model))
+        model.eval().bert.encoder.layer[1].train()
+        with pytest.raises(ValueError, match="model.training=True, of a part of it"):
+            trace_lambdas(model, holey(model))
+
+    def test_a_model_that_peft_wraps(self, make_model, holey):
+        model = make_model()
+        adapted = get_peft_model(model, LoraConfig(target_modules=["to_queries"])).eval()
+        for look in (lambda wrapped, inputs: feature_rows(wrapped, [inputs]), trace_lambdas):
+            with pytest.raises(ValueError, match=r"model=PeftModel wraps a LambdaBERT: give model.get_base_model\(\)"):
+                look(adapted, holey(model))
+        logits = trace_lambdas(adapted.get_base_model(), holey(model)).outputs.logits
+        torch.testing.assert_close(logits, adapted(**holey(model)).logits, rtol=1e-9, atol=1e-12)
 
     def test_text_in_place_of_ids(self, make_model):
         with pytest.raises(ValueError, match="inputs=str holds no tensor of input_ids.*return_tensors"):
