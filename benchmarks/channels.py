@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             positions[i].add(layer, trace.token_mask)
     keys = [one.summary(loaded.tokenizer) for one in channels]
     tokens = {kind: int(count) for kind, count in zip(kinds, channels[0].of_kind)}
-    record = {
+    record: dict[str, Any] = {
         "arguments": {name: str(value) for name, value in vars(options).items() if name != "output"},
         "sentences": len(sentences),
         "tokens": tokens,

@@ -75,7 +75,7 @@ MODEL_FIELDS = Fields(frozenset(), frozenset({"config", "options", "start"}))
 Pairs = tuple[list[str], list[str], list[float]]
 
 
-def start_fresh(model: LambdaBertModel, teacher: BertModel) -> None:
+def start_fresh(model: Any, teacher: Any) -> None:
     """Lambda layers and their output projections as a new model's."""
     for layer in model.encoder.layer:
         layer.attention.self.reset_parameters()
@@ -83,14 +83,15 @@ def start_fresh(model: LambdaBertModel, teacher: BertModel) -> None:
         nn.init.normal_(output.weight, std=output.init_std)
 
 
-def start_with_output(model: LambdaBertModel, teacher: BertModel) -> None:
+def start_with_output(model: Any, teacher: Any) -> None:
     """Lambda layers as a new model's, output projections as the teacher's."""
     for layer, given in zip(model.encoder.layer, teacher.encoder.layer, strict=True):
         layer.attention.self.reset_parameters()
         layer.attention.output.dense.load_state_dict(given.attention.output.dense.state_dict())
 
 
-STARTS: dict[str, Callable[[LambdaBertModel, BertModel], None]] = {
+# from a LambdaBertModel and its teacher
+STARTS: dict[str, Callable[[Any, Any], None]] = {
     "attention": lambda model, teacher: None,
     "fresh": start_fresh,
     "teacher's output": start_with_output,
@@ -295,7 +296,7 @@ def measure_speed(recipe: Recipe, options: argparse.Namespace) -> list[dict[str,
     """Median seconds of a batch at each length, teacher and first model taking turns."""
     name = next(iter(recipe["models"]))
     run = prepare(recipe, name, 0, options, options.output / "work" / "speed")
-    config = run.model_args.config_overrides
+    config: Any = run.model_args.config_overrides
     longest = max(max(options.lengths), run.teacher.model.config.max_position_embeddings)
     student = LambdaBertModel.from_bert(run.teacher.model, **config | {"max_position_embeddings": longest})
     device = run.training_args.device

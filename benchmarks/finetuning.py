@@ -21,6 +21,7 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def run_all(folder: RunFolder, names: Sequence[str]) -> dict[str, dict[str, list
             run = folder.run(
                 digest(task, settings, folder.settings(name), seed),
                 f"{task}, {name}, seed {seed}",
-                lambda work, task=task, name=name, seed=seed: fine_tune(recipe, task, name, seed, work),
+                partial(fine_tune, recipe, task, name, seed),
             )
             runs[name][task].append(run)
     return runs

@@ -120,15 +120,11 @@ TASKS: dict[str, Callable[[torch.Generator, int], Texts]] = {
 
 
 def lambda_config(**fields: Any) -> LambdaBertConfig:
-    shared = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=LAYERS, intermediate_size=256)
+    shape = dict(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=LAYERS, intermediate_size=256)
+    task = dict(max_position_embeddings=LENGTH, hidden_dropout_prob=0.0, num_labels=ANSWERS)
     own = dict(num_lambda_queries=4, local_context_size=SCOPE, position_embedding_type="none")
-    return LambdaBertConfig(
-        **shared,
-        **{**own, **fields},
-        max_position_embeddings=LENGTH,
-        hidden_dropout_prob=0.0,
-        num_labels=ANSWERS,
-    )
+    values: dict[str, Any] = {**shape, **task, **own, **fields}
+    return LambdaBertConfig(**values)
 
 
 def four_headed_bert() -> BertConfig:

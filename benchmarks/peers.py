@@ -139,7 +139,7 @@ def bert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
 
 def modernbert(config: PreTrainedConfig, objective: str) -> PreTrainedModel:
     """ModernBERT: rotary positions, pre-norm, GeGLU, whose three matrices share the parameters of BERT's two."""
-    special = {"cls_token_id": None, "sep_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    special: dict[str, Any] = {"cls_token_id": None, "sep_token_id": None, "bos_token_id": None, "eos_token_id": None}
     dropout = {f"{part}_dropout": config.hidden_dropout_prob for part in ("embedding", "mlp", "attention")}
     return FrugalModernBert(
         ModernBertConfig(

@@ -66,8 +66,10 @@ def draw_curves(panels: Sequence[Axes], curves: Mapping[str, Curve], labels: Seq
         labels: of the panels' horizontal axes.
     """
     for name, curve in curves.items():
-        lows, means, highs = ([of(values) for values in curve.values] for of in (min, statistics.mean, max))
-        own = colour(name, [line.get_color() for line in panels[0].get_lines()])
+        lows = [min(values) for values in curve.values]
+        means = [statistics.mean(values) for values in curve.values]
+        highs = [max(values) for values in curve.values]
+        own = colour(name, [str(line.get_color()) for line in panels[0].get_lines()])
         for panel, places in zip(panels, curve.places, strict=True):
             panel.plot(places, means, label=name, marker=".", color=own)
             panel.fill_between(places, lows, highs, alpha=0.2, color=own)
