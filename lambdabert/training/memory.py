@@ -1,5 +1,6 @@
-"""How much memory a model needs at least, before it is built, and how much a run has needed."""
+"""How much memory a model needs at least, before it is built, how much a run has needed, and what is kept of it."""
 
+import ctypes
 import resource
 import sys
 
@@ -13,6 +14,7 @@ from lambdabert.training.arguments import RunArguments
 
 FLOAT_BYTES = 4
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def count_parameters(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
@@ -98,3 +100,14 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> bool:
+    """Makes the C library keep what is freed for what is allocated next; returns whether it is glibc, which can.
+
+    By itself glibc gives arrays above 32 MB, and what is free at the end of its heap, back to the system, which clears
+    every page anew in the next step (docs/speed.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    options = ((M_MMAP_THRESHOLD, GIB), (M_TRIM_THRESHOLD, GIB))
+    return mallopt is not None and all(mallopt(*option) for option in options)

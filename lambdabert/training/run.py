@@ -31,7 +31,7 @@ from lambdabert.training.checkpoints import (
     writing,
 )
 from lambdabert.training.hub import use_cache_if_hub_is_unreachable
-from lambdabert.training.memory import GIB, peak_memory
+from lambdabert.training.memory import GIB, keep_freed_memory, peak_memory
 from lambdabert.training.output_folder import (
     CARD_NAME,
     EVALUATION_NAME,
@@ -131,6 +131,8 @@ class TrainingRun(ABC):
         Raises:
             CheckpointError: a checkpoint cannot be resumed from, the loss is not finite, or the disk is full.
         """
+        if self.training_args.device.type == "cpu":
+            keep_freed_memory()
         if self.training_args.dry_run:
             self.dry_run()
             return
