@@ -20,7 +20,7 @@ def lambda_layers(model: PreTrainedModel) -> list[Any]:
     Raises:
         ValueError: a model without lambda layers, one wrapped by PEFT, or one in training mode.
     """
-    if hasattr(model, "get_base_model"):  # its parameters have other names, and its class no config alone
+    if hasattr(model, "get_base_model"):  # PEFT's wrapper
         raise ValueError(f"model={type(model).__name__} wraps a LambdaBERT: give model.get_base_model().")
     blocks = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", ())
     layers = [getattr(getattr(block, "attention", None), "self", None) for block in blocks]
