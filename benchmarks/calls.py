@@ -4,13 +4,17 @@ import gc
 import multiprocessing
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from benchmarks.encoders import ROWS, VOCABULARY, split_name
+
+R = TypeVar("R")
 
 MIXED_ROWS = 32
 MASKED_SHARE = 0.15
@@ -174,8 +178,13 @@ def measure_memory(cell: Cell, threads: int) -> int | None:
     """Peak memory of one call with its model, in bytes; on a CPU in a fresh process."""
     if cell.device == "cuda":
         return peak_memory_on_gpu(cell)
+    return in_new_process(peak_memory, cell, threads)
+
+
+def in_new_process(function: Callable[..., R], *arguments: Any) -> R:
+    """What a function of a module returns in a process of its own."""
     # processes of a fork server start with the imports done and no thread pool that a fork would break
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([function.__module__])
     with context.Pool(1) as pool:
-        return pool.apply(peak_memory, (cell, threads))
+        return pool.apply(function, arguments)

@@ -8,7 +8,6 @@ calls of all processes, the pages that the system had to clear in a call, and th
 """
 
 import argparse
-import multiprocessing
 import resource
 import statistics
 import sys
@@ -21,13 +20,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.calls import Call, Cell
+from benchmarks.calls import Call, Cell, in_new_process
 from benchmarks.correctness import LAYER_TESTS, require_passing_tests
-from benchmarks.encoders import runs, split_name
+from benchmarks.encoders import runs
 from benchmarks.environment import environment
 from benchmarks.report import markdown_table, write_json
 from benchmarks.runs import one_line_errors
-from lambdabert.training.memory import keep_freed_memory
+from lambdabert.training.memory import keep_freed_memory, peak_memory
 
 LENGTHS = {"forward": [512, 16384], "train": [512]}
 WARM_UP = 2  # calls: the first training step makes the optimizer's states
@@ -55,24 +54,16 @@ def repeat(cell: Cell, keeps: bool, count: int, threads: int) -> Result:
         call()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     seconds = [call.seconds() for _ in range(count)]
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return {
-        "seconds": seconds,
-        "page_faults": (used.ru_minflt - before) / count,
-        "peak_bytes": used.ru_maxrss * 1024,
-    }
+    page_faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / count
+    return {"seconds": seconds, "page_faults": page_faults, "peak_bytes": peak_memory(torch.device("cpu"))}
 
 
 def measure(cell: Cell, rounds: int, count: int, threads: int) -> list[Result]:
     """The cell with and without, in turn, each time in a new process."""
-    # processes of a fork server start with the imports done and no thread pool that a fork would break
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     found: dict[bool, list[Result]] = {False: [], True: []}
     for _ in tqdm(range(rounds), desc=f"{cell.part} {cell.length} {cell.row}", unit="round"):
         for keeps, results in found.items():
-            with context.Pool(1) as pool:
-                results.append(pool.apply(repeat, (cell, keeps, count, threads)))
+            results.append(in_new_process(repeat, cell, keeps, count, threads))
     return [
         asdict(cell)
         | {
@@ -122,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     with one_line_errors():
         for row in options.rows:
-            split_name(row)
             if missing := [part for part in options.parts if not runs(row, part)]:
                 raise ValueError(f"rows: {row!r} cannot be measured in parts={missing[0]}; leave one of them out.")
     require_passing_tests(*LAYER_TESTS)

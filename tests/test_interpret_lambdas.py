@@ -289,7 +289,7 @@ class TestTopics:
             assert set(nearest) == {3 * (text // 3) + i for i in range(3)} - {text}
         assert chance(topics) == pytest.approx(2 / 11)
         numbers = torch.tensor([ord(topic) for topic in topics])
-        for same in (numbers, numbers.numpy()):
+        for same in (numbers, numbers.numpy(), [*numbers]):
             assert neighbours({"row": rows}, same)[0].same_topic == 1 and chance(same) == chance(topics)
 
     def test_features_without_neighbours_are_refused(self):

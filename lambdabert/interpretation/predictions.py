@@ -34,10 +34,6 @@ class Prediction:
         if "position_ids" in self.inputs:
             self.inputs["position_ids"] = self.inputs["position_ids"].expand_as(self.input_ids)
         self.token_mask = self.inputs["attention_mask"].bool()
-        if place is not None:
-            self._per_row("place", place)
-        if not isinstance(target, str):
-            self._per_row("target", target)
         self.place, self.target = place, target
 
     def _per_row(self, name: str, given: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .intervals import FEWEST_GROUPS, bootstrap_interval
+from .topics import as_list
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # inverse of the L2 penalty
 SPLITS = ("train", "dev", "test")
@@ -122,8 +123,7 @@ def probe(
         from scipy.sparse import csr_array
 
         table = csr_array(table)
-    given_labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    kinds = {type(label.item() if hasattr(label, "item") else label).__name__ for label in given_labels}
+    kinds = {type(label).__name__ for label in as_list(labels)}
     if len(kinds) > 1:  # NumPy would make them strings
         raise ValueError(f"labels has entries of types {', '.join(sorted(kinds))}; give classes of one type.")
     names, classes = np.unique(np.asarray(labels), return_inverse=True)

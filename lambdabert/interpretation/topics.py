@@ -76,7 +76,7 @@ def neighbours(
             all texts.
     """
     found = []
-    topics = None if topics is None else _as_list(topics)
+    topics = None if topics is None else as_list(topics)
     number_of = {topic: number for number, topic in enumerate(dict.fromkeys(topics or ()))}
     for name, rows in features.items():
         texts = len(rows)
@@ -102,14 +102,15 @@ def neighbours(
     return found
 
 
-def _as_list(topics: Any) -> list[Any]:
-    """Topics as values that are alike where they are equal; those of a tensor or an array are not."""
-    return topics.tolist() if hasattr(topics, "tolist") else list(topics)
+def as_list(given: Any) -> list[Any]:
+    """Topics or labels as values that are alike where they are equal; those of a tensor or an array are not."""
+    values = given.tolist() if hasattr(given, "tolist") else given
+    return [value.item() if hasattr(value, "item") else value for value in values]
 
 
 def chance(topics: Sequence[Any]) -> float:
     """The share of texts that would have a neighbour of their topic if neighbours were drawn at random."""
-    topics = _as_list(topics)
+    topics = as_list(topics)
     if len(topics) < 2:
         raise ValueError(f"topics has {len(topics)} entries, and a text without another has no neighbour; give more.")
     counts = Counter(topics).values()
