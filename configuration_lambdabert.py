@@ -101,6 +101,7 @@ class LambdaBertConfig(BertConfig):
             "AutoModelForMultipleChoice": "modeling_lambdabert.LambdaBertForMultipleChoice",
             **auto_map,
         }
+        self.architectures = self.architectures or []  # an Auto class of several models walks through it
         self.validate_lambda_layer()  # before @strict's own call, which would wrap the ValueError
 
     def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> None:
@@ -169,6 +170,11 @@ class LambdaBertConfig(BertConfig):
             raise ValueError(
                 f"num_lambda_queries={self.num_lambda_queries} leaves hidden_size={self.hidden_size} a single channel "
                 "of values, which lambda_norm='layer' takes off as its own mean: use fewer, or another norm."
+            )
+        if self.lambda_norm == "layer" and self.num_lambda_queries * self.key_depth == 1:
+            raise ValueError(
+                "num_lambda_queries=1 and key_depth=1 leave queries one channel, which lambda_norm='layer' takes off "
+                "as its own mean: use more, or another norm."
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(

@@ -191,7 +191,7 @@ def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable
     trainer.train()
     trainer.save_model()
     trainer.args.dataloader_drop_last = False  # of training alone: results are of all rows
-    found = {}
+    found: Metrics = {}
     for split in evaluated(splits):
         metrics = {f"{split}_{name}": value for name, value in evaluate(split).items()}
         trainer.log_metrics(split, metrics)

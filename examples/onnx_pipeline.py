@@ -32,5 +32,6 @@ if len(sys.argv) != 4:
     sys.exit("error: give a task of pipelines, the folder and a text, as in fill-mask models/mine_onnx 'A [MASK].'")
 task, folder, text = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-for answer in pipeline(task, model=OnnxModel(folder), tokenizer=tokenizer, device="cpu")(text):
+answer_to = pipeline(task, model=OnnxModel(folder), tokenizer=tokenizer, device="cpu")  # type: ignore[call-overload]
+for answer in answer_to(text):
     print(answer)

@@ -12,6 +12,7 @@ import re
 import string
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -174,8 +175,8 @@ def main(argv: list[str] | None = None) -> Metrics:
     trainer = Trainer(model, training, train_dataset=stretches["train"], processing_class=tokenizer)
 
     def evaluate(split: str) -> Metrics:
-        starts, ends = trainer.predict(stretches[split]).predictions
-        answers = find_answers(splits[split], stretches[split], starts, ends)
+        logits: Any = trainer.predict(stretches[split]).predictions
+        answers = find_answers(splits[split], stretches[split], *logits)
         return answer_scores(answers, [answers["text"] for answers in splits[split]["answers"]])
 
     return train_and_evaluate(trainer, splits, evaluate)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from datasets import ClassLabel, DatasetDict
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, Trainer
+from transformers.trainer_utils import PredictionOutput
 
 from examples.common import Metrics, Options, Training, check_texts, parse, read_splits, run, train_and_evaluate
 
@@ -98,7 +100,7 @@ def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel
     )
 
 
-def accuracy_and_f1(prediction: EvalPrediction) -> Metrics:
+def accuracy_and_f1(prediction: PredictionOutput) -> Metrics:
     """Accuracy, and F1 as the mean over classes, of logits [B, classes]."""
     predicted = np.argmax(prediction.predictions, axis=-1)
     return {
@@ -107,7 +109,7 @@ def accuracy_and_f1(prediction: EvalPrediction) -> Metrics:
     }
 
 
-def fine_tune(model: PreTrainedModel, splits: DatasetDict, options: TextOptions, training: Training) -> Metrics:
+def fine_tune(model: nn.Module, splits: DatasetDict, options: TextOptions, training: Training) -> Metrics:
     """Trains and evaluates a classifier."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> Metrics:
     )
 
     def evaluate(split: str) -> Metrics:
-        output = trainer.predict(encoded[split])
+        output: Any = trainer.predict(encoded[split])
         correct = splits[split][options.tags_column]
         predicted = [["O"] * len(tags) for tags in correct]  # of words without tokens, as when cut off, too
         for tags, words, row, labels in zip(

@@ -411,6 +411,10 @@ class TestAutoClasses:
         config = make_config(architectures=[model_class.__name__])
         assert type(AUTO_CLASSES[model_class.__name__].from_config(config)) is model_class
 
+    @pytest.mark.parametrize("name", [name for name in AUTO_CLASSES if name != "LambdaBertForPreTrainingSOP"])
+    def test_from_a_new_config(self, make_config, name):
+        assert type(AUTO_CLASSES[name].from_config(make_config())).__name__ == name
+
     def test_from_pretrained(self, make_config, model_class, tmp_path):
         model = random_model(model_class, make_config())
         model.save_pretrained(tmp_path)

@@ -4,11 +4,9 @@ The Trainer and its parts refuse much only once they are built, or in the first 
 """
 
 import copy
-import gc
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,16 +35,6 @@ STEPS = 2
 
 # makes a Trainer of its arguments, a tokenizer and the examples of "train" and "validation"
 TrainerMaker = Callable[[RunArguments, BertTokenizer, dict[str, Dataset]], InterruptibleTrainer]
-
-
-@contextmanager
-def old_objects_kept() -> Iterator[None]:
-    """Makes garbage collection, which the Trainer asks for, skip all objects that exist already."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def check_trackers(args: RunArguments) -> None:
@@ -130,7 +118,7 @@ def rehearse(args: RunArguments, objective: Objective, make_trainer: TrainerMake
         return  # its plugin belongs to one model
     verbosity = transformers.logging.get_verbosity()
     try:
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), old_objects_kept():
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tiny_args = tiny_arguments(args, folder)
             step = tiny_args.train_batch_size * tiny_args.gradient_accumulation_steps
