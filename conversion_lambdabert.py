@@ -182,7 +182,8 @@ def start_from_attention(
         attention: a `BertAttention`.
         previous_norm: the norm whose output attention sees.
         lambda_attention: the `LambdaBertAttention` to change.
-        branch_scale: root mean square of the output over that of W; small, because the lambdas are not trained yet.
+        branch_scale: sqrt(U) times the root mean square of the output over that of W; small, because the lambdas are
+            not trained yet.
     """
     layer, output = lambda_attention.self, lambda_attention.output.dense
     given, out = attention.self.value, attention.output.dense

@@ -321,11 +321,16 @@ class LambdaLayer(nn.Module):
         Raises:
             ValueError: without `packing`, a mask that is not [B, N] or holds something other than 0 and 1; N is 0 or
                 exceeds the offset table of a global scope; a layout without the token ids that a repetition lambda
-                needs, or without the mask.
+                needs, without the mask, or of other tokens than `hidden_states`.
         """
         layout = Padded(as_token_mask(attention_mask, hidden_states)) if packing is None else packing
         if attention_mask is not None and layout.attention_mask is None:
             raise ValueError("attention_mask: packing has none; give it to packing, as Padded(mask.bool(), token_ids).")
+        if layout.computed_shape not in (None, hidden_states.shape[:2]):
+            raise ValueError(
+                f"hidden_states is {list(hidden_states.shape)}, but packing is of {list(layout.computed_shape)}: "
+                "give packing.pack(hidden_states), and a mask of all rows."
+            )
         token_mask = layout.attention_mask
         queries = _normalise(self.query_norm, self.to_queries(hidden_states), token_mask)
         keys = self.to_keys(hidden_states)

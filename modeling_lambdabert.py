@@ -290,7 +290,9 @@ class LambdaBertLayer(BertLayer):
         packing: Packing | Padded | None = None,
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask, packing)
-        if self.chunk_size_feed_forward or as_a_whole(hidden_states) or _is_watched(self.intermediate, self.output):
+        # dropout by tiles would be another draw than that of the whole, which checkpointing makes with gradients
+        as_given = self.training or as_a_whole(hidden_states) or _is_watched(self.intermediate, self.output)
+        if self.chunk_size_feed_forward or as_given:
             return apply_chunking_to_forward(
                 self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
             )
@@ -355,9 +357,10 @@ class LambdaBertPreTrainedModel(BertPreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in `transformers`; a ValueError where the config's [PAD] or [MASK] would be cut off."""
+        multiple = kwargs.get("pad_to_multiple_of", args[0] if args else None) or 1
         for field in ("pad_token_id", "mask_token_id"):
             token = getattr(self.config, field)
-            if new_num_tokens is not None and token is not None and token >= new_num_tokens:
+            if new_num_tokens is not None and token is not None and token >= -(-new_num_tokens // multiple) * multiple:
                 raise ValueError(
                     f"{new_num_tokens} tokens leave out {field}={token} of the config: keep more, or set "
                     f"config.{field} to that of the new tokenizer first."
@@ -464,7 +467,7 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         """
         tokens = self._check_inputs(input_ids, inputs_embeds, position_ids, token_type_ids, **kwargs)
         token_mask = as_token_mask(attention_mask, tokens)
-        may_pack = token_mask is not None and self._may_pack(tokens, **kwargs)
+        may_pack = token_mask is not None and self._may_pack(tokens, token_mask, **kwargs)
         layout = lay_out(token_mask, may_pack, self._token_ids(input_ids))
         hidden_states = self.embeddings(
             input_ids=layout.pack(input_ids),
@@ -511,22 +514,18 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
                 f"inputs_embeds is {list(tokens.shape)}: give [batch, length, hidden_size={self.config.hidden_size}]."
             )
         self.embeddings.check_positions(tokens.shape[:2], position_ids)
-        # an accelerator, which refuses such tokens by itself, would have to be waited for
-        table = self.embeddings.word_embeddings
-        is_looked_up = input_ids is not None and type(table) is nn.Embedding and tokens.device.type == "cpu"
-        if is_looked_up and can_read_values(tokens) and tokens.numel():
-            lowest, highest = int(tokens.min()), int(tokens.max())
-            if lowest < 0 or highest >= table.num_embeddings:
-                raise ValueError(
-                    f"input_ids range from {lowest} to {highest}, but there are embeddings of 0 to "
-                    f"{table.num_embeddings - 1}: use the model's own tokenizer, or resize_token_embeddings."
-                )
+        if input_ids is not None:
+            table, fix = self.embeddings.word_embeddings, "use the model's own tokenizer, or resize_token_embeddings"
+            _check_looked_up("input_ids", input_ids, table, fix)
         is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if token_type_ids is not None and not is_one_graph and token_type_ids.shape != tokens.shape[:2]:
             raise ValueError(
                 f"token_type_ids is {list(token_type_ids.shape)}, but there are {list(tokens.shape[:2])} tokens: give "
                 "one for each."
             )
+        if token_type_ids is not None:
+            table, fix = self.embeddings.token_type_embeddings, "leave them out, or set type_vocab_size of a new model"
+            _check_looked_up("token_type_ids", token_type_ids, table, fix)
         return tokens
 
     def _token_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -536,13 +535,28 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
         hidden = self.config.mask_token_id
         return input_ids if hidden is None else input_ids.masked_fill(input_ids == hidden, -1)
 
-    def _may_pack(self, tokens: torch.Tensor, output_hidden_states: bool | None = None, **kwargs) -> bool:
+    def _may_pack(
+        self, tokens: torch.Tensor, token_mask: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+    ) -> bool:
         """Whether padding may be left out: not from hidden states, nor in a graph that serves other masks as well."""
         keeps_layout = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         may_split = not keeps_layout and not self.config.chunk_size_feed_forward
         layers: Any = self.encoder.layer  # another module in place of one is to get whole rows, as a hook is
         are_own = all(isinstance(layer, LambdaBertLayer) or _takes_any_layout(type(layer)) for layer in layers)
-        return can_read_values(tokens) and may_split and are_own and not _is_watched(self.embeddings, self.encoder)
+        can_read = can_read_values(tokens) and can_read_values(token_mask)
+        return can_read and may_split and are_own and not _is_watched(self.embeddings, self.encoder)
+
+
+def _check_looked_up(name: str, ids: torch.Tensor, table: nn.Module, fix: str) -> None:
+    """Refuses ids that a table of embeddings does not hold. An accelerator, which refuses them by itself, would have to
+    be waited for."""
+    if type(table) is nn.Embedding and ids.device.type == "cpu" and can_read_values(ids) and ids.numel():
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= table.num_embeddings:
+            raise ValueError(
+                f"{name} range from {lowest} to {highest}, but there are embeddings of 0 to "
+                f"{table.num_embeddings - 1}: {fix}."
+            )
 
 
 def _pooled_token(
@@ -569,29 +583,41 @@ def _mean(losses: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
     return losses.sum() / torch.as_tensor(count, device=losses.device).clamp(min=1)
 
 
-def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor, name: str = "labels") -> torch.Tensor:
     """Cross entropy of each label, in float32 at least; 0 where the label is -100.
 
     Args:
         logits: [..., classes]
         labels: [...], or one axis of 1 more.
+        name: how a message calls them.
 
     Raises:
-        ValueError: labels of another shape, or that are not integers.
+        ValueError: labels of another shape, that are not integers or (on a CPU) that are no class.
     """
     if labels.is_floating_point():
-        raise ValueError(f"labels is of {labels.dtype}: classes are whole numbers; give them as torch.long.")
+        raise ValueError(f"{name} is of {labels.dtype}: classes are whole numbers; give them as torch.long.")
     if labels.shape not in (logits.shape[:-1], (*logits.shape[:-1], 1)):
         raise ValueError(
-            f"labels is {list(labels.shape)}, but the logits are {list(logits.shape)}: give "
+            f"{name} is {list(labels.shape)}, but the logits are {list(logits.shape)}: give "
             f"{list(logits.shape[:-1])}, a class for each."
         )
+    classes = logits.shape[-1]
+    if labels.device.type == "cpu" and can_read_values(labels):  # an accelerator would have to be waited for
+        unknown = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+        if len(unknown):
+            raise ValueError(
+                f"{name} holds {int(unknown[0])}, but the model tells {classes} classes apart: give 0 to "
+                f"{classes - 1}, or -100 for what is not to be learned."
+            )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     return F.cross_entropy(logits, labels.to(logits.device, torch.long).flatten(), reduction="none")
 
 
 def _label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    name: str = "labels",
 ) -> torch.Tensor:
     """Mean cross entropy over the labels other than -100.
 
@@ -599,7 +625,7 @@ def _label_loss(
     them; given it, the losses of the micro-batches add up to the loss of the whole.
     """
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return _mean(_cross_entropies(logits, labels), count)
+    return _mean(_cross_entropies(logits, labels, name), count)
 
 
 def _check_mask_token(config: LambdaBertConfig) -> None:
@@ -646,24 +672,30 @@ def _masked_lm(
 def _sentence_loss(
     logits: torch.Tensor,
     sentence_label: torch.Tensor,
+    name: str,
     labels: torch.Tensor | None,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor:
     """Mean cross entropy of the sentence task over the pairs of a batch.
 
     Under gradient accumulation, the number of masked tokens in the whole step is known here, but not that of pairs.
-    Each pair then counts in proportion to its masked tokens, so that micro-batches still add up exactly.
+    Each pair then counts in proportion to its masked tokens, so that micro-batches still add up exactly. In a step
+    without any masked token each pair counts alike.
 
     Args:
         logits: [B, 2]
         sentence_label: [B]
+        name: of `sentence_label`.
         labels: the MLM labels, [B, N]
-        num_items_in_batch: as in `_label_loss`, of `labels`.
+        num_items_in_batch: as in `_label_loss`, of `labels`; None = the mean over this batch.
     """
+    mean = _label_loss(logits, sentence_label, name=name)
     if num_items_in_batch is None or labels is None:
-        return _label_loss(logits, sentence_label)
+        return mean
     masked_tokens = (labels != -100).sum(1).to(logits.device)
-    return _mean(_cross_entropies(logits, sentence_label.flatten()) * masked_tokens, num_items_in_batch)
+    count = torch.as_tensor(num_items_in_batch, device=logits.device)
+    by_masked_tokens = _mean(_cross_entropies(logits, sentence_label.flatten(), name) * masked_tokens, count)
+    return torch.where(count > 0, by_masked_tokens, mean)
 
 
 class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
@@ -686,11 +718,12 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         inputs_embeds: torch.Tensor | None,
         labels: torch.Tensor | None,
         sentence_loss: str,
+        sentence_name: str,
         sentence_label: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         **kwargs,
     ) -> LambdaBertForPreTrainingOutput:
-        """Output and losses; the loss of `sentence_label` is called `sentence_loss` in the output."""
+        """Output and losses; `sentence_label` is called `sentence_name` by the caller, and its loss `sentence_loss`."""
         outputs = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         prediction_logits, mlm_loss = _masked_lm(
             self.cls.predictions, outputs.last_hidden_state, labels, num_items_in_batch
@@ -700,7 +733,8 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         if mlm_loss is not None:
             parts["mlm_loss"] = mlm_loss
         if sentence_label is not None:
-            parts[sentence_loss] = _sentence_loss(sentence_logits, sentence_label, labels, num_items_in_batch)
+            items = num_items_in_batch if self.training else None  # the Trainer gives it in evaluation, too
+            parts[sentence_loss] = _sentence_loss(sentence_logits, sentence_label, sentence_name, labels, items)
         return LambdaBertForPreTrainingOutput(
             loss=reduce(torch.add, parts.values()) if parts else None,
             prediction_logits=prediction_logits,
@@ -736,7 +770,8 @@ class LambdaBertForPreTrainingNSP(LambdaBertForPreTraining):
             num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._pretrain(*inputs, labels, "nsp_loss", next_sentence_label, num_items_in_batch, **kwargs)
+        sentences = "nsp_loss", "next_sentence_label", next_sentence_label
+        return self._pretrain(*inputs, labels, *sentences, num_items_in_batch, **kwargs)
 
 
 class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
@@ -764,7 +799,8 @@ class LambdaBertForPreTrainingSOP(LambdaBertForPreTraining):
             num_items_in_batch: masked tokens in all micro-batches of one accumulated step; the Trainer gives it.
         """
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        return self._pretrain(*inputs, labels, "sop_loss", sentence_order_label, num_items_in_batch, **kwargs)
+        sentences = "sop_loss", "sentence_order_label", sentence_order_label
+        return self._pretrain(*inputs, labels, *sentences, num_items_in_batch, **kwargs)
 
 
 class LambdaBertHeadModel(LambdaBertPreTrainedModel):
@@ -1039,10 +1075,13 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
             labels: [B], the index of the right choice.
             num_items_in_batch: labels in all micro-batches of one accumulated step; the Trainer gives it.
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if input_ids is not None and input_ids.dim() != 3:
             raise ValueError(f"input_ids is {list(input_ids.shape)}: give [batch, choices, length].")
-        outputs = self._encode(*(None if given is None else given.flatten(0, 1) for given in inputs), **kwargs)
+        if inputs_embeds is not None and inputs_embeds.dim() != 4:
+            raise ValueError(f"inputs_embeds is {list(inputs_embeds.shape)}: give [batch, choices, length, hidden].")
+        of_tokens = (input_ids, attention_mask, token_type_ids, position_ids)
+        flat = [None if given is None else given.reshape(-1, given.shape[-1]) for given in of_tokens]
+        outputs = self._encode(*flat, None if inputs_embeds is None else inputs_embeds.flatten(0, 1), **kwargs)
         batch, choices = next(tokens.shape[:2] for tokens in (input_ids, inputs_embeds) if tokens is not None)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
         return LambdaBertHeadOutput(

@@ -41,6 +41,7 @@ class Padded:
         groups: the groups of rows that a lambda layer takes; this one alone.
         mask: the mask of this group.
         repetitions: its places that hold the same token; None without `token_ids`.
+        computed_shape: rows and places of what is computed; None without a mask.
 
     Raises:
         ValueError: a mask that is not bool.
@@ -50,6 +51,7 @@ class Padded:
         _check_bool(token_mask)
         self.token_mask = self.attention_mask = self.mask = token_mask
         self.groups: tuple[Padded, ...] = (self,)
+        self.computed_shape: Sequence[int] | None = None if token_mask is None else token_mask.shape
         self.repetitions = None if token_ids is None else Repetitions(token_ids, token_mask)
 
     def pack(self, given: torch.Tensor | None) -> torch.Tensor | None:
@@ -123,6 +125,7 @@ class Packing:
         groups: the rows that hold a token, by length.
         rows: the groups' rows, in their order.
         places: [T], the place of each packed token among the B N of the batch.
+        computed_shape: 1, T.
 
     Raises:
         ValueError: a mask that is not bool.
@@ -165,6 +168,7 @@ class Packing:
             start = tokens.stop
         self.rows = torch.cat(rows_of_groups)
         self.places = torch.cat(places)
+        self.computed_shape: Sequence[int] | None = (1, len(self.places))
 
     def pack(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """[B, N, ...] to the real tokens of all rows, [1, T, ...]."""

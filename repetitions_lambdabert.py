@@ -35,7 +35,7 @@ class Repetitions:
         occurs: bool [B, N], whether a place is an occurrence of its token.
         others: [B N, 1], how many other occurrences each place's token has, in float32.
         same: bool [B, N, N], True at the other occurrences of each place's token; None where no matrix is used.
-        matrix: `same` over the number of occurrences, [B, N, N], made in the precision of the first layer that asks.
+        matrix: `same` over `others`, [B, N, N], made in the precision of the first layer that asks.
     """
 
     def __init__(self, token_ids: torch.Tensor, token_mask: torch.Tensor | None):

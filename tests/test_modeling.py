@@ -265,6 +265,21 @@ class TestLosses:
         with pytest.raises(ValueError, match="labels is of torch.float32: classes are whole numbers"):
             build(model_class, config)(**make_inputs(model_class, config), **labels)
 
+    def test_a_class_that_is_not_there(self, make_config, make_inputs, make_labels, head_class):
+        config = make_config(num_labels=3)
+        model, inputs = build(head_class, config), make_inputs(head_class, config)
+        for name, label in make_labels(head_class, config).items():
+            if name in ("start_positions", "end_positions"):
+                continue  # one beyond the text is no answer
+            labels = {name: label.clone()}
+            classes = {"labels": config.vocab_size, "next_sentence_label": 2, "sentence_order_label": 2}[name]
+            if "PreTraining" not in head_class.__name__ and head_class is not LambdaBertForMaskedLM:
+                classes = model(**inputs).logits.shape[-1]
+            for wrong in (classes, -1):
+                labels[name].view(-1)[-1] = wrong
+                with pytest.raises(ValueError, match=f"^{name} holds {wrong}, but the model tells {classes} classes"):
+                    model(**inputs, **labels)
+
     def test_classes_of_32_bits_are_classes(self, make_config, make_inputs):
         config = make_config(num_labels=3)
         model = build(LambdaBertForSequenceClassification, config).eval()
@@ -326,6 +341,23 @@ class TestLosses:
             assert gradient is None or torch.isfinite(gradient).all(), name
             if name.startswith("cls.predictions"):
                 assert gradient is None or (gradient == 0).all(), name
+
+    @pytest.mark.parametrize("accumulated", [0, 5])
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("model_class, label, part", PRETRAINING)
+    def test_pairs_count_without_masked_tokens(
+        self, make_config, make_inputs, make_labels, model_class, label, part, training, accumulated
+    ):
+        """The stock Trainer gives `num_items_in_batch` in evaluation as well."""
+        config = make_config()
+        model = build(model_class, config).train(training)
+        inputs, labels = make_inputs(model_class, config), make_labels(model_class, config)
+        labels["labels"].fill_(-100)
+        expected = model(**inputs, **{label: labels[label]})[part]
+        found = model(**inputs, **labels, num_items_in_batch=torch.tensor(accumulated))[part]
+        if training and accumulated:  # of other micro-batches
+            expected = expected * 0
+        torch.testing.assert_close(found, expected)
 
     @pytest.mark.parametrize("items", [None, 0, 3])
     def test_nothing_masked_in_masked_lm(self, make_config, make_inputs, items):
@@ -628,6 +660,7 @@ class TestResize:
         with pytest.raises(ValueError, match=f"50 tokens leave out {field}=50"):
             model.resize_token_embeddings(50)
         assert model.get_input_embeddings().num_embeddings == config.vocab_size == 60
+        assert model.resize_token_embeddings(50, pad_to_multiple_of=8).num_embeddings == 56
         model.resize_token_embeddings(51)
         config.validate()
 
@@ -963,6 +996,14 @@ class TestFunctionTransforms:
         together = torch.func.vmap(lambda row: model(row[None]).last_hidden_state[0])(ids)
         torch.testing.assert_close(together, model(ids).last_hidden_state)
 
+    def test_vmap_over_masks_equals_each_mask(self, make_config):
+        model = build(LambdaBertModel, make_config()).eval()
+        ids = torch.randint(5, 20, (1, 9), generator=torch.Generator().manual_seed(0))
+        masks = torch.ones(3, 1, 9, dtype=torch.long)
+        masks[1, :, 6:] = masks[2, :, 3] = 0
+        together = torch.func.vmap(lambda mask: model(ids, mask).last_hidden_state)(masks)
+        torch.testing.assert_close(together, torch.stack([model(ids, mask).last_hidden_state for mask in masks]))
+
     def test_shapes_alone(self, make_config):
         with FakeTensorMode():
             model = build(LambdaBertModel, make_config())
@@ -1055,7 +1096,7 @@ class TestFeedForwardTiles:
     @pytest.mark.parametrize("padded", [False, True])
     def test_inference_equals_training(self, make_config, make_inputs, monkeypatch, tile, padded):
         config = make_config()
-        model = build(LambdaBertModel, config).double()
+        model = build(LambdaBertModel, config).double().eval()
         inputs = make_inputs(LambdaBertModel, config, batch=2, length=23)
         if padded:
             inputs["attention_mask"][1, 9:] = 0
@@ -1075,12 +1116,32 @@ class TestFeedForwardTiles:
         assert max(sizes) == min(tile, tokens) and sum(sizes) == config.num_hidden_layers * tokens
         torch.testing.assert_close(actual.to_tuple(), expected.to_tuple(), rtol=1e-10, atol=1e-10)
 
+    def test_dropout_is_drawn_alike_with_and_without_gradients(self, make_config, make_inputs, monkeypatch):
+        """As a reentrant checkpoint does, which needs the same draw twice."""
+        monkeypatch.setattr(modeling, "FEED_FORWARD_TILE", 5)
+        sizes = []
+        feed_forward = modeling.LambdaBertLayer.feed_forward_chunk
+        monkeypatch.setattr(
+            modeling.LambdaBertLayer,
+            "feed_forward_chunk",
+            lambda layer, states: sizes.append(states.shape[:-1].numel()) or feed_forward(layer, states),
+        )
+        config = make_config(hidden_dropout_prob=0.5)
+        model, inputs = build(LambdaBertModel, config), make_inputs(LambdaBertModel, config, batch=2, length=23)
+        found = []
+        for gradients in (True, False):
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(gradients):
+                found.append(model(**inputs).last_hidden_state)
+        torch.testing.assert_close(*found)
+        assert sizes == [46] * 4
+
     @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
     @pytest.mark.parametrize("part", ["intermediate", "intermediate.dense", "output.dense", "output"])
     def test_hooks_see_whole_sequences(self, make_config, make_inputs, monkeypatch, part, register):
         monkeypatch.setattr(modeling, "FEED_FORWARD_TILE", 5)
         config = make_config()
-        model = build(LambdaBertModel, config)
+        model = build(LambdaBertModel, config).eval()
         sizes = []
         module = model.encoder.layer[1].get_submodule(part)
         getattr(module, register)(lambda module, args, *output: sizes.append(args[0].shape[:2]))
@@ -1145,6 +1206,11 @@ class TestRefusals:
     def test_tokens_of_another_vocabulary(self, make_config, token):
         with pytest.raises(ValueError, match=r"input_ids range from .* but there are embeddings of 0 to 59"):
             build(LambdaBertModel, make_config(vocab_size=60))(torch.tensor([[3, token]]))
+
+    def test_segments_beyond_the_last(self, make_config):
+        model = build(LambdaBertModel, make_config(type_vocab_size=1))
+        with pytest.raises(ValueError, match="token_type_ids range from 0 to 1, but there are embeddings of 0 to 0:"):
+            model(torch.tensor([[3, 7]]), token_type_ids=torch.tensor([[0, 1]]))
 
     def test_positions_beyond_the_last(self, make_config):
         model, ids = build(LambdaBertModel, make_config()), torch.full((1, 3), 7)
@@ -1274,6 +1340,16 @@ class TestShapes:
         choices = build(modeling.LambdaBertForMultipleChoice, make_config())
         with pytest.raises(ValueError, match=r"input_ids is \[2, 5\]: give \[batch, choices, length\]"):
             choices(torch.ones(2, 5, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"inputs_embeds is \[2, 5, 20\]: give \[batch, choices, length, hidden\]"):
+            choices(inputs_embeds=torch.zeros(2, 5, 20))
+
+    def test_positions_of_one_row_serve_all_choices(self, make_config, make_inputs):
+        model = build(modeling.LambdaBertForMultipleChoice, make_config()).eval()
+        inputs = make_inputs(type(model), model.config)
+        positions = torch.arange(inputs["input_ids"].shape[-1]).flip(0)[None]
+        found = model(**inputs, position_ids=positions).logits
+        everywhere = positions.expand_as(inputs["input_ids"])
+        torch.testing.assert_close(found, model(**inputs, position_ids=everywhere).logits, rtol=0, atol=0)
 
     @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
     @pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 2)])

@@ -192,6 +192,16 @@ class TestLayer:
             padded = layer(states, given, Padded(mask, ids))[0]
             torch.testing.assert_close(padded[mask], packed[mask], rtol=0, atol=1e-12)
 
+    def test_a_layout_of_other_tokens(self, make_config):
+        """Rows as given, of which a packing would read the first as all."""
+        layer, ids = LambdaLayer(make_config(repetition_context_size=3)), repetitive_ids()
+        mask = torch.ones(4, 17, dtype=torch.bool)
+        mask[1, 9:] = False
+        states = torch.randn(4, 17, layer.to_keys.in_features)
+        for packing in (Packing(mask, ids), Padded(mask[:1], ids[:1])):
+            with pytest.raises(ValueError, match=r"hidden_states is \[4, 17, 20\], but packing is of \[1, "):
+                layer(states, packing=packing)
+
     def test_a_mask_that_the_layout_lacks(self, make_config):
         layer, ids = LambdaLayer(make_config(repetition_context_size=3)), repetitive_ids()
         states = torch.randn(4, 17, layer.to_keys.in_features)
