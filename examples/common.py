@@ -60,6 +60,12 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     options, training = DataclassParser(dataclass_types=groups).parse_args_into_dataclasses(argv)
     if (options.dataset_name is None) == (options.train_file is None):
         raise ValueError("Name the data by either --train_file or --dataset_name.")
+    if options.dataset_name:
+        for name in ("validation_file", "test_file"):
+            if file := getattr(options, name):
+                raise ValueError(f"{name}={file} has no effect: dataset_name has splits of its own; leave one out.")
+    elif options.dataset_config is not None:
+        raise ValueError(f"dataset_config={options.dataset_config} has no effect without --dataset_name; leave it out.")
     if options.train_file and not (options.validation_file or options.test_file):
         raise ValueError(f"train_file={options.train_file}: give a --validation_file or --test_file to evaluate on.")
     for name, value in (("eval_do_concat_batches", False), ("prediction_loss_only", True)):
@@ -83,6 +89,8 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
             f"eval_strategy={training.eval_strategy.value}: the result is evaluated at the end, and nothing before; "
             "leave it out, and with it load_best_model_at_end."
         )
+    if training.do_eval and not training.do_train:
+        raise ValueError("do_eval=True: the model is trained, and then evaluated in any case; leave it out.")
     if options.max_seq_length < 3:
         raise ValueError(f"max_seq_length={options.max_seq_length} leaves no token between [CLS] and [SEP]; give more.")
     folder = Path(training.output_dir)
@@ -91,6 +99,14 @@ def parse(argv: list[str] | None, *groups: Any) -> tuple[Any, ...]:
     check_model(options)
     transformers.set_seed(training.seed)
     return options, training
+
+
+def check_smoothing(training: Training) -> None:
+    """Raises ValueError if label smoothing is asked for, of which the Trainer smooths `labels` alone."""
+    if training.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={training.label_smoothing_factor} has no effect on this loss; leave it out."
+        )
 
 
 def check_model(options: Options) -> None:
@@ -191,6 +207,7 @@ def train_and_evaluate(trainer: Trainer, splits: DatasetDict, evaluate: Callable
     trainer.train()
     trainer.save_model()
     trainer.args.dataloader_drop_last = False  # of training alone: results are of all rows
+    trainer.args.train_sampling_strategy = "random"  # by length, it would order what is evaluated, too
     found: Metrics = {}
     for split in evaluated(splits):
         metrics = {f"{split}_{name}": value for name, value in evaluate(split).items()}

@@ -6,7 +6,8 @@
 What differs from examples/text_classification.py is the adapter. The result is a folder of the adapter, the pooler, the
 head and a config with the classes:
 
-    base = AutoModelForSequenceClassification.from_pretrained(model, config=AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    base = AutoModelForSequenceClassification.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     PeftModel.from_pretrained(base, folder)
 """
 

@@ -24,7 +24,8 @@ class OnnxModel(PreTrainedModel):
     def forward(self, input_ids, attention_mask, token_type_ids):
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
         outputs = self.session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-        names = (output.name for output in self.session.get_outputs())
+        renamed = {"prediction_logits": "logits"}  # a pretraining model's
+        names = (renamed.get(output.name, output.name) for output in self.session.get_outputs())
         return ModelOutput((name, torch.from_numpy(output)) for name, output in zip(names, outputs))
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict
 from scipy.special import log_softmax
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
-from examples.common import Metrics, Options, Training, parse, read_splits, run, train_and_evaluate
+from examples.common import Metrics, Options, Training, check_smoothing, parse, read_splits, run, train_and_evaluate
 
 COLUMNS = {name: name for name in ("question", "context", "answers")}
 LONGEST_ANSWER = 30  # tokens
@@ -157,9 +158,10 @@ def answer_scores(answers: list[str], references: list[list[str]]) -> Metrics:
 
 def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, AnswerOptions, Training)
+    check_smoothing(training)
     splits = read_questions(options)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForQuestionAnswering.from_pretrained(options.model)
+    model = AutoModelForQuestionAnswering.from_pretrained(options.model, dtype=torch.float32)
     stretches = DatasetDict(
         {
             # in one batch, so that a stretch knows the row of its question

@@ -12,6 +12,7 @@ import math
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from datasets import Dataset, DatasetDict
 from scipy.stats import spearmanr
 from sentence_transformers import (
@@ -26,6 +27,7 @@ from examples.common import (
     Options,
     Training,
     check_columns,
+    check_smoothing,
     check_texts,
     evaluated,
     parse,
@@ -90,6 +92,7 @@ def training_pairs(splits: DatasetDict, options: PairOptions) -> Dataset:
 
 def main(argv: list[str] | None = None) -> Metrics:
     options, training = parse(argv, PairOptions, SentenceTraining)
+    check_smoothing(training)
     columns = {"first_column": options.first_column, "second_column": options.second_column}
     splits = read_splits(options, columns)
     check_texts(splits, columns)
@@ -102,7 +105,7 @@ def main(argv: list[str] | None = None) -> Metrics:
                 f"score_column={options.score_column}: all pairs of the {split} data have the same score, which "
                 "correlates with nothing; give pairs of different ones."
             )
-    model = SentenceTransformer(options.model, device=str(training.device))
+    model = SentenceTransformer(options.model, device=str(training.device), model_kwargs={"dtype": torch.float32})
     model.max_seq_length = options.max_seq_length
     trainer = SentenceTransformerTrainer(
         model=model,

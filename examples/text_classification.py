@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from datasets import ClassLabel, DatasetDict
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
@@ -97,6 +98,7 @@ def new_classifier(options: TextOptions, splits: DatasetDict) -> PreTrainedModel
         label2id={name: number for number, name in enumerate(names)},
         problem_type="single_label_classification",  # whatever the model was for before
         ignore_mismatched_sizes=True,  # a head for other classes is replaced
+        dtype=torch.float32,
     )
 
 

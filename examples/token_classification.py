@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification, Trainer
 
 from examples.common import (
+    READERS,
     Metrics,
     Options,
     Training,
@@ -41,6 +43,8 @@ class TagOptions(Options):
 def read_tagged(file: str, options: TagOptions) -> Dataset:
     """Reads the sentences of a CoNLL file, or a table. Raises ValueError."""
     if not file.lower().endswith(CONLL):
+        if not file.lower().endswith(tuple(READERS)):
+            raise ValueError(f"{file}: the name should end in {', '.join((*CONLL, *READERS))}, as its format does.")
         return read_table(file)
     try:
         text = Path(file).read_bytes().decode("utf-8-sig")
@@ -143,6 +147,7 @@ def main(argv: list[str] | None = None) -> Metrics:
         id2label=dict(enumerate(names)),
         label2id=numbers,
         ignore_mismatched_sizes=True,  # a head for other tags is replaced
+        dtype=torch.float32,
     )
 
     def encode(rows: dict) -> dict:

@@ -1,12 +1,14 @@
 """Models on a GPU against the same models in float64 on the CPU, where `reference.py` decides what is right."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 import modeling_lambdabert as modeling
 import run_language_modeling
+from lambdabert.interpretation.faithfulness import Example, faithfulness
 from packing_lambdabert import Packing
 from training_support import recipe_for
 
@@ -126,6 +128,14 @@ def test_pretraining_resumes(text, tmp_path, precision):
         ids = torch.arange(10, 40, device="cuda")[None]
         losses.append(model(ids, labels=ids).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if precision == "no" else 0.02)
+
+
+def test_faithfulness(exact):
+    model = modeling.LambdaBertForMaskedLM(exact.config).eval().cuda()
+    ids = torch.randint(5, 60, (1, 12), generator=torch.Generator().manual_seed(0))
+    example = Example({"input_ids": ids.cuda()}, 3, 7, torch.tensor([1, 2, 5, 8]))
+    found = faithfulness(model, [example, example], mask_token_id=4)
+    assert all(math.isfinite(row["removal"]["0.5"]["fall"]) for row in found.values())
 
 
 def test_rows_of_all_lengths_are_one_group():

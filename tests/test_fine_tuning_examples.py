@@ -4,14 +4,24 @@ import json
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, pipeline
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    pipeline,
+)
 
 from examples import lora, question_answering, sentence_embeddings, text_classification, token_classification
 from examples.common import Training, read_table, run
@@ -244,12 +254,13 @@ def test_answer_scores_are_those_of_squad():
     assert found["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
-def test_question_answering(model, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--train_sampling_strategy=group_by_length"]], ids=str)
+def test_question_answering(model, tmp_path, more):
     output = tmp_path / "result"
     options = [f"--train_file={write_lines(tmp_path / 'train.jsonl', questions(64, 0, 1))}"]
     options += [f"--validation_file={write_lines(tmp_path / 'valid.jsonl', questions(16, 1, 1))}"]
     options += ["--max_seq_length=32", "--stride=8", "--num_train_epochs=6", f"--output_dir={output}"]
-    found = question_answering.main([f"--model={model}", *options, *QUICK])
+    found = question_answering.main([f"--model={model}", *options, *more, *QUICK])
     assert found["validation_exact_match"] > 0.8 and written(output, "validation") == found
 
 
@@ -291,6 +302,8 @@ def test_sentence_embeddings(model, tmp_path):
         (["--eval_do_concat_batches=False"], "eval_do_concat_batches=False: the results"),
         (["--prediction_loss_only=True"], "prediction_loss_only=True: the results"),
         (["--dataset_name=x"], "either --train_file or --dataset_name"),
+        (["--dataset_config=en"], "dataset_config=en has no effect without --dataset_name"),
+        (["--do_eval"], "do_eval=True: the model is trained"),
         (["--output_dir=."], "output_dir=. holds something already"),
         (["--resume_from_checkpoint=there"], "resume_from_checkpoint=there has no effect"),
         (["--eval_strategy=epoch"], "eval_strategy=epoch: the result is evaluated at the end"),
@@ -309,6 +322,35 @@ def test_mistakes_are_told_before_anything_is_written(change, message, model, te
     with pytest.raises((ValueError, OSError), match=message):
         text_classification.main([f"--model={model}", *texts, f"--output_dir={tmp_path / 'result'}", *change])
     assert not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize("name", ["validation_file", "test_file"])
+def test_files_beside_a_data_set_are_not_passed_over(model, name, tmp_path):
+    options = [f"--model={model}", "--dataset_name=x", f"--{name}=a.csv", f"--output_dir={tmp_path / 'result'}"]
+    with pytest.raises(ValueError, match=f"{name}=a.csv has no effect: dataset_name has splits of its own"):
+        text_classification.main(options)
+
+
+@pytest.mark.parametrize("example", [question_answering, sentence_embeddings])
+def test_labels_that_are_not_there_are_not_smoothed(example, model, tmp_path):
+    options = ["--train_file=a.csv", "--test_file=b.csv", "--label_smoothing_factor=0.1", "--max_seq_length=32"]
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 has no effect"):
+        example.main([f"--model={model}", *options, f"--output_dir={tmp_path / 'result'}"])
+
+
+def test_a_half_precision_model_is_trained_in_float32(model, texts, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    AutoModelForMaskedLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(half)
+    text_classification.main([f"--model={half}", *texts, "--max_steps=1", f"--output_dir={tmp_path / 'out'}", *QUICK])
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_tags_in_a_file_of_another_kind(tmp_path):
+    options = token_classification.TagOptions(train_file="a", validation_file="b")
+    with pytest.raises(ValueError, match=r"a.iob2: the name should end in .conll, .txt, .csv, .json"):
+        token_classification.read_tagged("a.iob2", options)
 
 
 def test_classes_and_tags_that_training_lacks_are_refused(model, texts, tmp_path):

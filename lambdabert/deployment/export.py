@@ -123,7 +123,9 @@ def check_output(output: Path) -> None:
         raise ValueError(f"output={output} exists and is not overwritten; name a new folder or empty this one.")
     if output.resolve() == Path.cwd():
         raise ValueError(f"output={output} is the current folder, which cannot be replaced; name a new one in it.")
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if output.is_mount():
+        raise ValueError(f"output={output} is a mounted folder, which cannot be replaced; name a new one in it.")
+    nearest = next(path for path in output.resolve().parents if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"output={output} cannot be written, because you may not write into {nearest}; name another.")
 

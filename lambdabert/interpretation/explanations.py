@@ -90,7 +90,8 @@ def explain_prediction(
 
     Raises:
         ValueError: no lambda layers, training mode, no head; a place or target that is missing, superfluous or out of
-            range; no [MASK]; and what the model refuses.
+            range; no [MASK]; a head of one's own with what is neither linear nor a norm nor named as BERT's activations
+            are; and what the model refuses.
     """
     prediction = Prediction(model, inputs, place, target)
     words = prediction.embeddings(prediction.input_ids)
@@ -102,9 +103,22 @@ def explain_prediction(
         tensors = [pair, *(tensor for way in ways for tensor in way.tensors())]
         slopes = torch.autograd.grad(logit.sum(), tensors, materialize_grads=True)  # zeros without a repetition lambda
     tokens = (slopes[0][0] * (words - reference)).sum(-1)
+    _check_sum(tokens, bias.detach(), logit.detach())
     per_layer = (len(slopes) - 1) // len(ways)
     layers = [_layer_contributions(way, slopes[1 + i * per_layer :][:per_layer]) for i, way in enumerate(ways)]
     return Explanation(tokens, logit.detach(), bias.detach(), layers)
+
+
+def _check_sum(tokens: torch.Tensor, bias: torch.Tensor, logit: torch.Tensor) -> None:
+    """Refuses contributions that do not add up, as those through a head with operations that have no secants."""
+    tokens = tokens.flatten(1)
+    rest = (tokens.sum(1) + bias - logit).abs()
+    scale = tokens.abs().sum(1) + bias.abs() + logit.abs()
+    if (rest > torch.finfo(logit.dtype).eps ** 0.5 * scale).any():
+        raise ValueError(
+            f"model: contributions and bias miss the logit by {rest.max().item():.3g}: a part of it is neither linear, "
+            "nor a norm, nor an activation by one of BERT's names; integrated_gradients takes any model."
+        )
 
 
 def _contributions(slopes: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:

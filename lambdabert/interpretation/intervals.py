@@ -15,10 +15,10 @@ def bootstrap_interval(values: torch.Tensor, groups: torch.Tensor | None = None,
         groups: int [S]; values of one group are drawn together, as they depend on each other. None = each alone.
         seed: of the samples.
     """
-    values = values.double()
+    values = values.double().cpu()
     if groups is None:
         groups = torch.arange(len(values))
-    _, groups = groups.unique(return_inverse=True)
+    _, groups = groups.cpu().unique(return_inverse=True)
     count = int(groups.max()) + 1
     sums = torch.zeros(count, dtype=torch.double).index_add(0, groups, values)
     sizes = torch.zeros(count, dtype=torch.double).index_add(0, groups, torch.ones_like(values))

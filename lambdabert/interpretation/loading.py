@@ -180,7 +180,7 @@ class LoadedModel:
     def takes_pairs(self) -> bool:
         """Whether two texts may be one row of the model's task."""
         is_pretraining = hasattr(self.model, "cls") and hasattr(self.model.cls, "seq_relationship")
-        return self.predicts_classes or self.answers_questions or is_pretraining
+        return isinstance(self.model, CLASSIFIERS) or self.answers_questions or is_pretraining
 
     @property
     def predicts_classes(self) -> bool:

@@ -18,10 +18,15 @@ def lambda_layers(model: PreTrainedModel) -> list[Any]:
     """The lambda layers of a LambdaBERT of any class, first layer first.
 
     Raises:
-        ValueError: a model without lambda layers, one wrapped by PEFT, or one in training mode.
+        ValueError: a model without lambda layers, one wrapped by PEFT, compiled, or in training mode.
     """
     if hasattr(model, "get_base_model"):  # PEFT's wrapper
         raise ValueError(f"model={type(model).__name__} wraps a LambdaBERT: give model.get_base_model().")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"model={type(model).__name__} is compiled, and runs without what is hooked into it: load the model anew, "
+            "or give what torch.compile was given."
+        )
     blocks = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", ())
     layers = [getattr(getattr(block, "attention", None), "self", None) for block in blocks]
     if not layers or not all(hasattr(layer, "relative_embeddings") for layer in layers):

@@ -496,8 +496,9 @@ def test_max_pooling_of_a_text_without_tokens_is_minus_infinity_in_both(sentence
     assert (call(ids | {"attention_mask": torch.zeros_like(mask)})["sentence_embedding"] == -torch.inf).all()
 
 
-def test_example_runs_a_pipeline(make_config, tmp_path):
-    model = save_model(tmp_path / "model", make_config, "LambdaBertForMaskedLM", 5, "none")
+@pytest.mark.parametrize("name", ["LambdaBertForMaskedLM", "LambdaBertForPreTrainingSOP"])
+def test_example_runs_a_pipeline(make_config, tmp_path, name):
+    model = save_model(tmp_path / "model", make_config, name, 5, "none")
     export_model(tmp_path / "model", tmp_path / "onnx")
     done = subprocess.run(
         [sys.executable, "-m", "examples.onnx_pipeline", "fill-mask", tmp_path / "onnx", "a [MASK] c"],
@@ -508,7 +509,7 @@ def test_example_runs_a_pipeline(make_config, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)
     with torch.no_grad():
-        logits = model(**tokenizer("a [MASK] c", return_tensors="pt")).logits[0, 2]
+        logits = model(**tokenizer("a [MASK] c", return_tensors="pt"))[0][0, 2]
     found = [eval(line) for line in done.stdout.splitlines()]
     assert [answer["token"] for answer in found] == logits.topk(5).indices.tolist()
     assert found[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
@@ -524,3 +525,7 @@ def test_a_link_to_an_empty_folder_is_written_and_the_current_folder_is_not(make
     monkeypatch.chdir(tmp_path / "empty")
     assert command.main([str(tmp_path / "model"), "--output", "."]) == 1
     assert "output=. is the current folder" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "there")
+    (tmp_path / "other" / "there").mkdir(parents=True)
+    assert command.main([str(tmp_path / "model"), "--output", str(tmp_path / "other" / "there")]) == 1
+    assert "is a mounted folder, which cannot be replaced" in capsys.readouterr().err

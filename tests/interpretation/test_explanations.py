@@ -301,6 +301,17 @@ class TestRefusals:
         with pytest.raises(ValueError, match="steps=1.5: set it to a whole number"):
             integrated_gradients(model, masked(model), 2, 1, steps=1.5)
 
+    @pytest.mark.parametrize("act", [torch.nn.GELU(), torch.nn.Tanh()], ids=str)
+    def test_a_head_that_has_no_secants(self, make_model, masked, act):
+        model = make_model("LambdaBertForSequenceClassification")
+        head = model.classifier
+        model.classifier = torch.nn.Sequential(torch.nn.Linear(head.in_features, 5), act, torch.nn.Linear(5, 3))
+        model.classifier.double().eval()
+        with pytest.raises(ValueError, match="model: contributions and bias miss the logit by .*integrated_gradients"):
+            explain_prediction(model, masked(model), None, 1, MASK)
+        found = integrated_gradients(model, masked(model), None, 1, MASK)
+        torch.testing.assert_close(found.tokens.sum(1) + found.bias, found.logit, rtol=1e-3, atol=1e-3)
+
     def test_no_lambda_layers(self):
         with pytest.raises(ValueError, match="model=Linear has no lambda layers"):
             explain_prediction(torch.nn.Linear(2, 2), {}, 2, 1)

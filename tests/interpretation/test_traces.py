@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import lambda_kernels
-from lambdabert.interpretation import attention, feature_rows, models, trace_lambdas
+from lambdabert.interpretation import attention, feature_rows, models, replace_lambdas, trace_lambdas
 
 
 def test_shapes(make_model, holey, model_class):
@@ -105,6 +105,17 @@ class TestRefusals:
                 look(adapted, holey(model))
         logits = trace_lambdas(adapted.get_base_model(), holey(model)).outputs.logits
         torch.testing.assert_close(logits, adapted(**holey(model)).logits, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("within", [False, True])
+    def test_a_compiled_model_would_run_without_hooks(self, make_model, holey, within):
+        model = make_model()
+        inputs = holey(model)
+        if within:
+            model.compile(backend="eager")
+        compiled = model if within else torch.compile(model, backend="eager")
+        for look in (trace_lambdas, lambda model, inputs: replace_lambdas(model, {0: "zero"}).__enter__()):
+            with pytest.raises(ValueError, match="model=.* is compiled, and runs without what is hooked into it"):
+                look(compiled, inputs)
 
     def test_text_in_place_of_ids(self, make_model):
         with pytest.raises(ValueError, match="inputs=str holds no tensor of input_ids.*return_tensors"):
