@@ -349,6 +349,11 @@ class Distillation(TrainingRun):
             **settings,
         )
 
+    def dry_run(self) -> None:
+        args = self.training_args
+        args.attention_steps = min(args.attention_steps, 0.5)  # of the two steps one belongs to each stage
+        super().dry_run()
+
     def save_model(self, trainer: InterruptibleTrainer) -> None:
         super().save_model(trainer)
         if self.sentence_transformer is not None and trainer.is_world_process_zero():

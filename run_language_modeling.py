@@ -70,6 +70,7 @@ TOKENIZER_AND_START_FIELDS = ("model_name_or_path", "train_tokenizer", "vocab_si
 EVALUATION_TEXT_FIELDS = (
     *("objective", "dataset_name", "dataset_config_name", "validation_file", "validation_split_percentage"),
     *("document_boundary", "max_seq_length", "eval_mlm_probability", "max_eval_samples"),
+    *("mask_replace_prob", "random_replace_prob", "whole_word_mask"),
 )
 STREAMED_TOKENIZER_DOCUMENTS = 200_000
 COUNTED_EXAMPLES = 20_000
@@ -327,7 +328,8 @@ class Pretraining(TrainingRun):
     def evaluated(self) -> dict[str, Any]:
         model = {"model_name_or_path": self.model_args.model_name_or_path}
         text = {name: getattr(self.data_args, name) for name in EVALUATION_TEXT_FIELDS}
-        return model | text | {"content of the examples": self.evaluation_text}
+        masks = {"seed": self.training_args.seed, "content of the examples": self.evaluation_text}
+        return model | text | masks
 
     def model_card(self, state: TrainerState, metrics: str) -> str:
         name = Path(str(self.training_args.output_dir)).resolve().name

@@ -46,7 +46,7 @@ def two_schedules(
             scheduler_specific_kwargs=settings,
         ).lr_lambdas[0]
 
-    first, second = map(course, steps)
+    first, second = (course(max(1, of_stage)) for of_stage in steps)  # one may have none
     return LambdaLR(optimizer, lambda step: ratio * first(step) if step < steps[0] else second(step - steps[0]))
 
 

@@ -67,6 +67,11 @@ def load_corpus(
         documents = _training_source(arguments, own_validation=evaluate and not documents) | documents
     if evaluate and "validation" not in documents:
         documents = _hold_out(documents["train"], arguments, seed)
+        if not train:
+            logger.warning(
+                "A model that was trained on this text has seen these documents, unless they were held out of it then, "
+                "with --do_eval and the same seed: give validation_file."
+            )
     return {split: documents[split] for split, wanted in (("train", train), ("validation", evaluate)) if wanted}
 
 

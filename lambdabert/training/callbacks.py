@@ -68,6 +68,17 @@ class StopTogether(TrainerCallback):
             self.received = self.received or "a signal"
             control.should_training_stop = control.should_save = True
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.received and state.epoch != round(state.epoch or 0):  # cut off, and not at its end
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    @property
+    def exit_status(self) -> int:
+        """That of a command which the signal stopped, as shells give it: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + getattr(signal, str(self.received), signal.SIGTERM)
+
 
 class LogEnd(TrainerCallback):
     """Logs the last step too, so that the loss which the report gives is of the end."""
@@ -113,14 +124,14 @@ class OwnSchedule(TrainerCallback):
 
 def use_batch_of(state: TrainerState, args: TrainingArguments) -> None:
     """Sets the arguments to the batch that training has found to fit into memory."""
-    args.per_device_train_batch_size = state.train_batch_size // max(1, args.n_gpu)
+    args.per_device_train_batch_size = state.train_batch_size or args.per_device_train_batch_size
 
 
 class RecordRun(TrainerCallback):
     """Records the run in its output folder before its first step, when all that can be refused has been.
 
-    With `auto_find_batch_size` each attempt begins anew, with half the examples of the one that ran out of memory: the
-    arguments and the record then hold the batch that fits.
+    With `auto_find_batch_size` each attempt counts its steps anew, with fewer examples than the one that ran out of
+    memory: the arguments and the record then hold the batch that fits.
     """
 
     def __init__(self, record: dict[str, Any]):

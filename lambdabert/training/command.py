@@ -70,14 +70,13 @@ def run_training_command(
     except Exception as error:
         return fail(error, unexpected=True)
     try:
-        run.run()
+        return run.run()
     except (CheckpointError, UnreadableTextError, ImportError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
         return interrupted()
     except Exception as error:
         return fail(error, unexpected=True)
-    return 0
 
 
 def interrupted() -> int:

@@ -200,6 +200,10 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
             "dataloader_drop_last",
             "train_sampling_strategy",
             "max_train_samples",
+            "dupe_factor",
+            "data_seed",
+            "streaming",
+            "push_to_hub",
             "mlm_probability",
             "attention_steps",
         ),
@@ -285,7 +289,7 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
     ),
     (
         Need(lambda options: not options.streaming, "text that is prepared, not streamed"),
-        ("train_sampling_strategy", "dataloader_drop_last"),
+        ("train_sampling_strategy", "dataloader_drop_last", "data_seed"),
     ),
     (Need(lambda options: bool(options.fsdp), "fsdp"), ("fsdp_config",)),
     (

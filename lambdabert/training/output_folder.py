@@ -93,10 +93,10 @@ def check_same_evaluation(output_dir: str | Path, evaluated: Mapping[str, Any]) 
     """
     report = read_evaluation(Path(output_dir) / EVALUATION_NAME) or {}
     before = report.get("evaluated", evaluated)
-    if differing := [name for name in evaluated if before.get(name) != evaluated[name]]:
+    if differing := [name for name in evaluated if name in before and before[name] != evaluated[name]]:
         name = differing[0]
         raise ValueError(
-            f"output_dir={output_dir} holds {EVALUATION_NAME} of {name}={before.get(name)}, and this is of "
+            f"output_dir={output_dir} holds {EVALUATION_NAME} of {name}={before[name]}, and this is of "
             f"{evaluated[name]}; nothing was overwritten; give another --output_dir."
         )
 

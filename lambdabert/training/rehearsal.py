@@ -89,7 +89,7 @@ def tiny_arguments(args: RunArguments, folder: str) -> RunArguments:
     args.report_to, args.push_to_hub, args.disable_tqdm, args.log_level = [], False, True, "error"
     args.logging_strategy = IntervalStrategy.NO
     args.save_strategy, args.load_best_model_at_end = SaveStrategy.NO, False
-    args.eval_delay = 0
+    args.eval_delay = args.warmup_steps = 0
     if args.eval_strategy == IntervalStrategy.STEPS:
         args.eval_steps = STEPS
     args.per_device_train_batch_size = args.per_device_eval_batch_size = 2

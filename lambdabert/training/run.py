@@ -125,8 +125,11 @@ class TrainingRun(ABC):
         self.settings = self.describe()
         self.check_record()
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Trains, evaluates and reports. If the run was finished and reported before, no file is written again.
+
+        Returns:
+            The exit status: 0, or that of the signal which stopped the training.
 
         Raises:
             CheckpointError: a checkpoint cannot be resumed from, the loss is not finite, or the disk is full.
@@ -135,7 +138,7 @@ class TrainingRun(ABC):
             keep_freed_memory()
         if self.training_args.dry_run:
             self.dry_run()
-            return
+            return 0
         trainer = self.trainer()
         if self.training_args.do_train:
             self.plan(trainer)
@@ -143,16 +146,19 @@ class TrainingRun(ABC):
                 folder = self.training_args.output_dir
                 logger.info(f"{folder} holds the result of this run: nothing is left to train, and it stays as it is.")
                 self.show(trainer)
-                return
+                return 0
             state = self.checkpoint_state()
             if state is not None and self.at_end:
                 self.restore(trainer, state)
             elif not self.train(trainer, state):
-                return
+                return trainer.stop.exit_status
             self.save(trainer)
         metrics = self.evaluate(trainer)
         self.report(trainer, metrics)
+        if self.training_args.push_to_hub:
+            trainer.push_to_hub()  # the whole folder, report and card included
         self.show(trainer)
+        return 0
 
     @property
     @abstractmethod
@@ -225,8 +231,14 @@ class TrainingRun(ABC):
                 f"{started} processes were started, but each would train by itself: without an accelerator they work "
                 "together with --use_cpu; give it."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs for one process would be used by DataParallel, which cannot train these models: "
+                f"start one for each by `torchrun --nproc_per_node {args.n_gpu}`, or show it one by "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         self.check_own_options()
-        if self.data_args.streaming and args.max_steps <= 0:
+        if self.data_args.streaming and self.trains and args.max_steps <= 0:
             raise ValueError("streaming=True: the length of a stream is not known; give --max_steps.")
         if args.fsdp and args.device.type == "cpu":
             raise ValueError("fsdp shards over accelerators, and there is none here; drop --fsdp.")
@@ -331,11 +343,11 @@ class TrainingRun(ABC):
         )
 
     def dry_run(self) -> None:
-        """Takes one step and one evaluation batch in a temporary folder, and logs what the run needs."""
+        """Takes two steps and one evaluation batch in a temporary folder, and logs what the run needs."""
         args = self.training_args
         planned_steps = args.max_steps
         with tempfile.TemporaryDirectory() as folder:
-            args.output_dir, args.max_steps, args.report_to, args.push_to_hub = folder, 1, [], False
+            args.output_dir, args.max_steps, args.report_to, args.push_to_hub = folder, 2, [], False
             args.save_strategy = args.eval_strategy = "no"
             trainer = self.trainer()
             trainer.train()
@@ -514,7 +526,7 @@ class TrainingRun(ABC):
 
     def save_model(self, trainer: InterruptibleTrainer) -> None:
         """Writes the model and its tokenizer."""
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # which does not push it yet
 
     @cached_property
     def evaluation_text(self) -> str | None:

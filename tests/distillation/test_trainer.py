@@ -543,6 +543,14 @@ class TestStages:
             rates = [rate(step) for step in steps]
             assert rates[0] == max(rates) == peak and min(rates) >= lowest * peak
 
+    @pytest.mark.parametrize("steps", [(5, 0), (0, 5)])
+    def test_a_stage_may_have_no_steps(self, tmp_path, steps):
+        args = TrainingArguments(output_dir=str(tmp_path), max_steps=5, lr_scheduler_type="polynomial", use_cpu=True)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        rate = two_schedules(args, optimizer, steps, 1.0).lr_lambdas[0]
+        rates = [rate(step) for step in range(6)]  # the Trainer asks for that of the step after the last
+        assert rates[:5] == sorted(rates[:5], reverse=True) and rates[0] == 1 > rates[4] and math.isfinite(rates[5])
+
     def test_attention_is_watched_no_longer_than_asked(self):
         bert, ids = tiny_bert(), torch.arange(5, 15)[None]
         with attention_outputs(bert) as outputs:

@@ -10,6 +10,7 @@ import transformers
 
 import lambdabert.training.run
 import run_language_modeling
+from lambdabert.training.arguments import RunArguments
 from training_support import sources, write_recipe
 
 
@@ -167,6 +168,10 @@ class TestMistakes:
             ("--train_tokenizer", "tokenizer_name"),
             ("--tokenizer_name nowhere", "nowhere"),
             ("--streaming --max_steps -1", "--max_steps"),
+            ("--do_train false --do_eval --streaming", "streaming=True has no effect: it needs --do_train"),
+            ("--do_train false --do_eval --dupe_factor 2", "dupe_factor=2 has no effect: it needs --do_train"),
+            ("--do_train false --do_eval --push_to_hub", "push_to_hub=True has no effect: it needs --do_train"),
+            ("--streaming --data_seed 2", "data_seed=2 has no effect"),
         ],
     )
     def test_options(self, capfd, tmp_path, text, prepared, flags, named):
@@ -181,6 +186,12 @@ class TestMistakes:
         recipe.write_text(json.dumps(values))
         assert named in self.complaint(capfd, tmp_path, [str(recipe), *flags.split()])
         assert not prepared
+
+    def test_several_gpus_for_one_process(self, capfd, tmp_path, text, prepared, monkeypatch):
+        monkeypatch.setattr(RunArguments, "n_gpu", 2)
+        recipe = write_recipe(tmp_path / "r.json", **sources(text))
+        line = self.complaint(capfd, tmp_path, [recipe])
+        assert "torchrun --nproc_per_node 2" in line and not prepared
 
     @pytest.mark.parametrize(
         "content, named",

@@ -137,6 +137,8 @@ def test_evaluation_is_of_what_the_model_was_trained_for(pretrained, text, tmp_p
         ({"objective": "nsp"}, "trained for 'sop' and has no head for another sentence task"),
         ({"objective": "mlm"}, "holds evaluation.json of objective=sop, and this is of mlm"),
         ({"max_eval_samples": 3}, "holds evaluation.json of max_eval_samples=None, and this is of 3"),
+        ({"whole_word_mask": True}, "holds evaluation.json of whole_word_mask=False, and this is of True"),
+        ({"seed": 7}, "holds evaluation.json of seed=42, and this is of 7"),
     ):
         recipe = evaluation(text, output_dir, out, **values)
         assert said in complaint(recipe, capfd)

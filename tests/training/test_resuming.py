@@ -1,6 +1,7 @@
 """A pretraining run that is interrupted in any way goes on as if nothing had happened, or says why it cannot."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, modeling_utils
 
 import run_language_modeling
+from lambdabert.training import rehearsal
 from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
 from lambdabert.training.settings import examples_hash
 from lambdabert.training.trainer import PretrainingTrainer
@@ -69,7 +72,7 @@ def test_sigterm_saves_ends_cleanly_and_goes_on(text, finished, tmp_path):
     process = start_command([recipe], log)
     wait_for(output_dir / "checkpoint-4" / "trainer_state.json", process)
     os.kill(process, signal.SIGTERM)
-    assert finish(process) == [0]
+    assert finish(process) == [128 + signal.SIGTERM]
     stopped = re.search(r"Stopped by SIGTERM after step (\d+)", log.read_text())
     assert stopped and is_complete(output_dir / f"checkpoint-{stopped[1]}")
     assert not (output_dir / "metrics.json").exists()
@@ -100,13 +103,59 @@ def test_batch_that_was_found_to_fit_is_recorded_and_resumed(text, tmp_path, mon
     assert record["training"]["per_device_train_batch_size x gradient_accumulation_steps x processes"] == 4
     assert "| per_device_train_batch_size | 2 |" in (tmp_path / "whole" / "README.md").read_text()
     kill_at.append(5)
-    assert run_language_modeling.main([recipes[1]]) == 0 and not (tmp_path / "killed" / "metrics.json").exists()
+    assert run_language_modeling.main([recipes[1]]) == 128 + signal.SIGTERM
+    assert not (tmp_path / "killed" / "metrics.json").exists()
     assert run_language_modeling.main([recipes[1]]) == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     before = contents(tmp_path / "whole")
     assert run_language_modeling.main([recipes[0]]) == 0
     assert contents(tmp_path / "whole") == before
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_a_signal_saves_its_step_and_evaluates_nothing_more(text, tmp_path, monkeypatch, strategy):
+    """Neither at the end of the epoch that it cuts off, nor only if the step's model is better than all before."""
+    schedule = {"epoch": {"eval_strategy": "epoch", "eval_steps": None}, "best": {"eval_steps": 2}}[strategy]
+    schedule |= {"save_strategy": strategy, "save_steps": None, "load_best_model_at_end": True, "max_steps": 10}
+    # which stays the same, so that none is better than the first
+    schedule |= {"metric_for_best_model": "eval_tokens", "greater_is_better": True}
+    recipes = [recipe_for(text, tmp_path / name, **schedule) for name in ("whole", "killed")]
+    assert run_language_modeling.main([recipes[0]]) == 0
+    training_step, kill_at = PretrainingTrainer.training_step, [5 if strategy == "best" else 2]
+
+    def killed(self, *args):
+        if kill_at == [self.state.global_step]:
+            kill_at.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, *args)
+
+    monkeypatch.setattr(PretrainingTrainer, "training_step", killed)
+    assert run_language_modeling.main([recipes[1]]) == 128 + signal.SIGTERM
+    last = last_complete_checkpoint(str(tmp_path / "killed"))
+    assert last.name == ("checkpoint-6" if strategy == "best" else "checkpoint-3")
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    assert [logs["step"] for logs in history if "eval_loss" in logs] == ([2, 4, 6] if strategy == "best" else [])
+    assert run_language_modeling.main([recipes[1]]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_the_hub_is_given_the_whole_folder_at_the_end(text, tmp_path, monkeypatch):
+    pushed = []
+
+    def upload(api, *, folder_path, **kwargs):
+        pushed.append(contents(Path(folder_path)))
+
+    monkeypatch.setattr(rehearsal, "check_hub", lambda args: None)
+    name_it = lambda trainer, *args, **kwargs: setattr(trainer, "hub_model_id", "me/it")  # noqa: E731
+    monkeypatch.setattr(PretrainingTrainer, "init_hf_repo", name_it)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    recipe = recipe_for(text, tmp_path / "run", push_to_hub=True, hub_strategy="end", max_steps=2)
+    assert run_language_modeling.main([recipe]) == 0
+    (files,) = pushed
+    assert {file.name for file in files} >= {"README.md", "metrics.json", "training_curves.png", "model.safetensors"}
+    card = hashlib.sha256(files[tmp_path / "run" / "README.md"][0]).hexdigest()
+    assert json.loads((tmp_path / "run" / "run_settings.json").read_text())["card"] == card
 
 
 def test_stream_goes_on_in_a_later_pass(text, tmp_path, capfd):
