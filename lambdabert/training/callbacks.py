@@ -127,11 +127,32 @@ def use_batch_of(state: TrainerState, args: TrainingArguments) -> None:
     args.per_device_train_batch_size = state.train_batch_size or args.per_device_train_batch_size
 
 
+class StartAnew(TrainerCallback):
+    """Gives each attempt of `auto_find_batch_size` the weights that the first began with, and a new optimizer's state.
+
+    By itself the Trainer goes on from those which an attempt reached before it ran out of memory.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if not self.weights:
+            self.weights = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+            return
+        model.load_state_dict(self.weights)
+        if state.global_step == 0:  # of a checkpoint, the Trainer has loaded the optimizer's state again
+            kwargs["optimizer"].state.clear()
+
+
 class RecordRun(TrainerCallback):
     """Records the run in its output folder before its first step, when all that can be refused has been.
 
-    With `auto_find_batch_size` each attempt counts its steps anew, with fewer examples than the one that ran out of
-    memory: the arguments and the record then hold the batch that fits.
+    With `auto_find_batch_size` each attempt begins anew, with fewer examples than the one that ran out of memory: the
+    arguments and the record then hold the batch that fits.
     """
 
     def __init__(self, record: dict[str, Any]):

@@ -22,7 +22,7 @@ from lambdabert.text.masks import MaskingCollator
 from lambdabert.text.preparation import PreparationSummary, prepare_examples
 from lambdabert.text.sources import load_corpus
 from lambdabert.training.arguments import RunArguments
-from lambdabert.training.callbacks import RecordRun, use_batch_of
+from lambdabert.training.callbacks import RecordRun, StartAnew, use_batch_of
 from lambdabert.training.checkpoints import (
     CheckpointError,
     last_complete_checkpoint,
@@ -450,6 +450,8 @@ class TrainingRun(ABC):
             CheckpointError: the checkpoint does not fit the run, the loss is not finite, or the disk is full.
         """
         trainer.add_callback(RecordRun(self.record))
+        if self.training_args.auto_find_batch_size and not trainer.is_fsdp_enabled:
+            trainer.add_callback(StartAnew())
         if state is None:
             trainer.train()
         else:

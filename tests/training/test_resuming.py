@@ -24,6 +24,7 @@ from lambdabert.training.checkpoints import is_complete, last_complete_checkpoin
 from lambdabert.training.settings import examples_hash
 from lambdabert.training.trainer import PretrainingTrainer
 from training_support import (
+    RECIPE,
     assert_same_weights,
     complaint,
     contents,
@@ -111,6 +112,25 @@ def test_batch_that_was_found_to_fit_is_recorded_and_resumed(text, tmp_path, mon
     assert run_language_modeling.main([recipes[0]]) == 0
     assert contents(tmp_path / "whole") == before
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+
+
+def test_an_attempt_that_ran_out_of_memory_leaves_nothing(text, tmp_path, monkeypatch):
+    """Neither weights nor what the optimizer has seen."""
+    training_step, weights = PretrainingTrainer.training_step, []
+    values = dict(auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=6, save_strategy="no")
+    values |= dict(save_steps=None, config_overrides=RECIPE["config_overrides"] | {"hidden_dropout_prob": 0.0})
+    for fails_after in (0, 3):
+
+        def small_memory(self, model, inputs, *args):
+            if len(inputs["input_ids"]) > 2 and self.state.global_step >= fails_after:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return training_step(self, model, inputs, *args)
+
+        monkeypatch.setattr(PretrainingTrainer, "training_step", small_memory)
+        output_dir = tmp_path / str(fails_after)
+        assert run_language_modeling.main([recipe_for(text, output_dir, **values)]) == 0
+        weights.append(output_dir)
+    assert_same_weights(*weights)
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
