@@ -334,6 +334,10 @@ class Distillation(TrainingRun):
         """Steps of the first stage."""
         return steps_of_first_stage(self.training_args.attention_steps, self.steps)
 
+    @property
+    def courses(self) -> tuple[int, ...]:
+        return self.first_stage, self.steps - self.first_stage
+
     def collator(self, *, training: bool) -> MaskingCollator:
         collator = masking_collator(self.tokenizer, self.data_args, seed=self.training_args.seed, training=training)
         collator.mlm = "masked_tokens" in self.weights.used

@@ -366,16 +366,22 @@ class TrainingRun(ABC):
         )
         logger.info("The dry run succeeded; nothing was written to output_dir.")
 
+    @property
+    def courses(self) -> tuple[int, ...]:
+        """Steps of each course of the learning rate, from warm-up to decay."""
+        return (self.steps,)
+
     def plan(self, trainer: InterruptibleTrainer) -> None:
         """Sets `steps`, and describes the run in the log."""
         args = self.training_args
         self.steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
         logger.info(describe_run(self.model, self.summaries, self.steps, args))
-        if 1 < self.steps <= args.get_warmup_steps(self.steps):
-            logger.warning(
-                f"warmup_steps={args.warmup_steps:g}: the learning rate rises over all {self.steps} steps and does not "
-                "reach its peak; give fewer, or a share of all, such as 0.06."
-            )
+        for steps in self.courses:
+            if 1 < steps <= args.get_warmup_steps(steps):
+                logger.warning(
+                    f"warmup_steps={args.warmup_steps:g}: the learning rate rises over all {steps} steps and does not "
+                    "reach its peak; give fewer, or a share of all, such as 0.06."
+                )
 
     def checkpoint_state(self) -> TrainerState | None:
         """The state of the checkpoint, if there is one; the log says what changes there.

@@ -15,6 +15,7 @@ import distill_from_bert
 from conversion_lambdabert import POSITION_TABLE
 from distill_from_bert import ARGUMENT_GROUPS, EXAMPLES
 from distillation_support import RECIPE, distilled, write_recipe
+from lambdabert.distillation.trainer import DistillationTrainer
 from lambdabert.training.arguments import parse_arguments
 from lambdabert.training.output_folder import RUN_FILES
 from modeling_lambdabert import LambdaBertForSequenceClassification, LambdaBertModel
@@ -170,8 +171,24 @@ def test_two_processes_equal_one_that_accumulates(text, teachers, tmp_path):
         torch.testing.assert_close(weights["two"][name], weight, rtol=0, atol=5e-5, msg=name)
 
 
-def test_dry_run_writes_nothing(text, teachers, tmp_path):
-    output_dir, printed = distilled(tmp_path, text, teachers / "mlm", dry_run=True)
+def test_warm_up_that_lasts_a_whole_stage_is_told(text, teachers, tmp_path):
+    values = {"max_steps": 7, "attention_steps": 3, "warmup_steps": 3, "do_eval": None, "eval_steps": None}
+    _, printed = distilled(tmp_path, text, teachers / "plain", validation_file=None, **values)
+    assert printed.count("the learning rate rises over all 3 steps") == 1 and "over all 4" not in printed
+
+
+@pytest.mark.parametrize("values", [{}, {"attention_steps": 9, "lr_scheduler_type": "polynomial"}], ids=str)
+def test_dry_run_takes_a_step_of_each_stage_and_writes_nothing(text, teachers, tmp_path, monkeypatch, values):
+    training_step = DistillationTrainer.training_step
+
+    def told(trainer, model, *args):
+        if model.num_parameters() > 5_000:  # not that of a rehearsal
+            print("in stage", 1 if trainer.steps_left_alone() > 0 else 2, flush=True)
+        return training_step(trainer, model, *args)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", told)  # in the fork as well
+    output_dir, printed = distilled(tmp_path, text, teachers / "mlm", dry_run=True, **values)
+    assert printed.count("in stage 1") == printed.count("in stage 2") == 2, "two micro-batches each"
     assert not output_dir.exists()
     for said in ("12 documents", "parameters", "GiB", "nothing was written"):
         assert said in printed
