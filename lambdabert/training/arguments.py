@@ -53,7 +53,7 @@ class RunArguments(TrainingArguments):
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Check data, tokenizer, model and memory with a single step; write nothing in output_dir."},
+        metadata={"help": "Check data, tokenizer, model and memory with two steps; write nothing in output_dir."},
     )
     given: frozenset[str] = field(init=False, default=frozenset())
     notes: tuple[str, ...] = field(init=False, default=())

@@ -1,9 +1,11 @@
-"""The Hugging Face hub: whether it can be reached, and whether a model can be pushed there."""
+"""The Hugging Face hub: whether it can be reached, whether a model can be pushed there, and the push."""
 
 from pathlib import Path
 
 import datasets
 import huggingface_hub
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lambdabert.training.arguments import RunArguments
 
@@ -32,3 +34,19 @@ def check_hub(args: RunArguments) -> None:
         raise ValueError(
             f"push_to_hub needs the hub and a login there ({error}); run `hf auth login`, or leave push_to_hub out."
         ) from error
+
+
+def push_folder(trainer: Trainer) -> None:
+    """Pushes the output folder as it is at the end, with report and model card, but without checkpoints.
+
+    The Trainer's own push saves the model again, and writes a card of its own over that of the command.
+    """
+    trainer._finish_current_push()  # of a checkpoint, in the background
+    huggingface_hub.upload_folder(
+        repo_id=str(trainer.hub_model_id),
+        folder_path=str(trainer.args.output_dir),
+        commit_message="End of training",
+        token=trainer.args.hub_token,
+        revision=trainer.args.hub_revision,
+        ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+    )

@@ -30,7 +30,7 @@ from lambdabert.training.checkpoints import (
     step_of,
     writing,
 )
-from lambdabert.training.hub import use_cache_if_hub_is_unreachable
+from lambdabert.training.hub import push_folder, use_cache_if_hub_is_unreachable
 from lambdabert.training.memory import GIB, keep_freed_memory, peak_memory
 from lambdabert.training.output_folder import (
     CARD_NAME,
@@ -155,8 +155,8 @@ class TrainingRun(ABC):
             self.save(trainer)
         metrics = self.evaluate(trainer)
         self.report(trainer, metrics)
-        if self.training_args.push_to_hub:
-            trainer.push_to_hub()  # the whole folder, report and card included
+        if self.training_args.push_to_hub and trainer.is_world_process_zero():
+            push_folder(trainer)
         self.show(trainer)
         return 0
 

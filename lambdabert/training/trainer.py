@@ -234,9 +234,6 @@ class InterruptibleTrainer(Trainer):
             raise self.not_finite(f"A weight after step {self.state.global_step} ({', '.join(bad[:3])})")
         super().save_model(output_dir, *args, **kwargs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the model card to the command, which writes its own."""
-
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """Whether to save under save_strategy="best": a run that a signal ends saves its last step in any case."""
         return super()._determine_best_metric(*args, **kwargs) or self.stop.received is not None

@@ -10,10 +10,10 @@ import shutil
 import signal
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, modeling_utils
@@ -163,13 +163,13 @@ def test_a_signal_saves_its_step_and_evaluates_nothing_more(text, tmp_path, monk
 def test_the_hub_is_given_the_whole_folder_at_the_end(text, tmp_path, monkeypatch):
     pushed = []
 
-    def upload(api, *, folder_path, **kwargs):
+    def upload(*, folder_path, **kwargs):
         pushed.append(contents(Path(folder_path)))
 
     monkeypatch.setattr(rehearsal, "check_hub", lambda args: None)
     name_it = lambda trainer, *args, **kwargs: setattr(trainer, "hub_model_id", "me/it")  # noqa: E731
     monkeypatch.setattr(PretrainingTrainer, "init_hf_repo", name_it)
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
     recipe = recipe_for(text, tmp_path / "run", push_to_hub=True, hub_strategy="end", max_steps=2)
     assert run_language_modeling.main([recipe]) == 0
     (files,) = pushed
