@@ -225,12 +225,15 @@ def prepare(recipe: Recipe, name: str, seed: int, options: argparse.Namespace, w
 
 def train(recipe: Recipe, name: str, seed: int, options: argparse.Namespace, work: Path) -> Run:
     """Converts and trains one model; returns its settings, curve and what each branch does alone."""
+    taken_with = environment("sentence-transformers")
     run, pairs = prepare(recipe, name, seed, options, work), read_pairs(options.sts_folder)
     trainer = run.trainer()
     curve = StsCurve(run, trainer, pairs, recipe["sts_steps"])
     before = spearman(run.sentence_transformer, run.model, pairs)
     trainer.add_callback(curve)
     trainer.train()
+    if trainer.stop.received:
+        raise SystemExit(f"Stopped by {trainer.stop.received}; {name} with seed {seed} is not recorded.")
     content_only = copy.deepcopy(run.model)
     apply_variant(content_only, "content only")
     with running_variant("position only"):
@@ -245,7 +248,7 @@ def train(recipe: Recipe, name: str, seed: int, options: argparse.Namespace, wor
         "content only": spearman(run.sentence_transformer, content_only, pairs),
         "position only": position_only,
         "teacher": spearman(run.sentence_transformer, run.teacher.model, pairs),
-        "environment": environment("sentence-transformers"),
+        "environment": taken_with,
     }
 
 

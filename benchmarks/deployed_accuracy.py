@@ -129,12 +129,12 @@ def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
     options = parse_command(argv)
+    versions = environment("onnxruntime", "onnx", "torchao")
     with tempfile.TemporaryDirectory() as work, one_line_errors():
         results = measure(options, Path(work))
     print(table(results), end="")
     if options.output:
         recorded = {name: str(value) for name, value in vars(options).items() if name != "output"}
-        versions = environment("onnxruntime", "onnx", "torchao")
         write_json(options.output, {"environment": versions, "options": recorded, "results": results})
     return 0
 

@@ -72,7 +72,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 def fine_tune(recipe: Recipe, task: str, name: str, seed: int, work: Path) -> Run:
     """Runs a script; returns what it found on each split."""
     require_passing_tests(*LAYER_TESTS)
-    settings, entry = recipe["tasks"][task], recipe["models"][name]
+    settings, entry, taken_with = recipe["tasks"][task], recipe["models"][name], environment("datasets")
     model = new_weights(entry["model"], seed, work / "start") if entry.get("random") else entry["model"]
     options = {**settings["options"], **entry["options"], "model": entry["model"], "seed": seed}
     output = work / f"result_{time.time_ns()}"  # the script takes no folder that an interrupted run has written to
@@ -88,7 +88,7 @@ def fine_tune(recipe: Recipe, task: str, name: str, seed: int, work: Path) -> Ru
         "options": options,
         "metrics": found,
         "processor_seconds": round(time.process_time() - start, 1),
-        "environment": environment("datasets"),
+        "environment": taken_with,
     }
 
 

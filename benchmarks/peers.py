@@ -1,7 +1,8 @@
 """New encoders of the same width, depth and feed-forward parameters as a LambdaBERT, to be trained beside it.
 
-Each keeps the start, norms and activation of its own library class. All have the LambdaBERT's vocabulary and dropout,
-and heads of 64 numbers, as the published base models have.
+Each keeps the start, norms and activation of its own library class, and ModernBERT its local attention: of every three
+layers, two see 64 tokens to either side. All have the LambdaBERT's vocabulary and dropout, and heads of 64 numbers, as
+the published base models have; but for ConvBERT, whose attending heads have 32 here.
 """
 
 from collections.abc import Callable

@@ -153,10 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, _ = load_lambdabert(options.model)
         batches = list(masked_batches(options.model, options.text, options.batch_size, options.batches))
     require_passing_tests(*LAYER_TESTS)
+    taken_with = environment()
     results = compare(precisions(model), iter(batches))
     print(table(results), end="")
     if options.output:
-        write_json(options.output, {"environment": environment(), "results": results})
+        write_json(options.output, {"environment": taken_with, "results": results})
     return 0
 
 

@@ -59,7 +59,7 @@ from benchmarks.runs import (
 from lambdabert.text.examples import count_tokens
 from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
-from lambdabert.training.checkpoints import last_complete_checkpoint
+from lambdabert.training.checkpoints import CheckpointError, last_complete_checkpoint
 from lambdabert.training.command import set_up_logging
 from lambdabert.training.models import start_at_frequencies
 from lambdabert.training.report import LAMBDA_FIELDS
@@ -188,7 +188,7 @@ def prepare(folder: RunFolder, name: str, learning_rate: float, seed: int, work:
 
 def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: Path) -> Run:
     """Trains one model and evaluates it on the test text; returns the run's settings and curve."""
-    recipe = folder.recipe
+    recipe, taken_with = folder.recipe, environment("datasets")
     pretraining = prepare(folder, name, learning_rate, seed, work)
     data_args = pretraining.data_args
     with running_variant(recipe["models"][name].get("variant")):
@@ -197,7 +197,11 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
         trainer = pretraining.trainer()
         trainer.data_collator.seed = seed
         checkpoint = last_complete_checkpoint(checkpoints)
-        trainer.train(str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(str(checkpoint) if checkpoint else None)
+        except CheckpointError as error:  # as of a rate at which it diverges
+            of_run = f"{name}, learning rate {learning_rate:g}, seed {seed}"
+            raise SystemExit(f"error: {of_run}: {error} To go on without it, leave it out of the recipe.") from None
         if trainer.stop.received:
             raise SystemExit(f"Stopped by {trainer.stop.received}; the same command goes on from here.")
         test = {}
@@ -222,7 +226,7 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
         "lambda": {field: getattr(pretraining.model.config, field, None) for field in LAMBDA_FIELDS},
         "curve": curve,
         "test": test,
-        "environment": environment("datasets"),
+        "environment": taken_with,
     }
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks write: Markdown tables, JSON records, and curves with the range of their seeds."""
 
 import json
+import os
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
 
 
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record, and makes the folder for it."""
+    """Writes a record, and makes the folder for it. An earlier one is replaced when the new one is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    aside = file.with_name(f".{file.name}")
+    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, file)
 
 
 class Curve(NamedTuple):
