@@ -154,6 +154,7 @@ class TestStartFromAttention:
             values = layer.to_values.weight.unflatten(0, (-1, intra_depth))
             scale = (2 * 2 * queries) ** 0.5
             factors = [of_queries[:, u] @ values[:, u] for u in range(intra_depth)]
+            assert all(torch.equal(of_queries[:, h], of_queries[:, h % intra_depth]) for h in range(queries))
             yield exact * norm.weight, scale * sum(factors) * norm.weight
             torch.testing.assert_close(
                 output.bias, attention.output.dense(attention.self.value.bias), rtol=1e-12, atol=1e-12

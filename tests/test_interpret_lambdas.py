@@ -196,6 +196,15 @@ class TestSwap:
         divergence = torch.nn.functional.kl_div(after, before, log_target=True, reduction="batchmean").item()
         assert effects[1].divergence == pytest.approx(divergence, abs=1e-6) and divergence > 0
         assert effects[1].likeliest == [int(after[2].argmax())]
+        one, other = (trace_lambdas(model, inputs) for inputs in (first, second))
+        for effect, layer, layer_of_other in zip(effects, one.layers, other.layers):
+            cosine = torch.cosine_similarity(layer.content.flatten(), layer_of_other.content.flatten(), dim=0).item()
+            assert effect.cosine == pytest.approx(cosine, abs=1e-6) and cosine < 0.999
+        with replace_lambdas(model, {1: second}):
+            swapped = trace_lambdas(model, first).outputs.hidden_states[-1]
+        states = one.outputs.hidden_states[-1]
+        change = ((swapped - states).norm(dim=-1) / states.norm(dim=-1)).mean().item()
+        assert effects[1].hidden_states == pytest.approx(change, rel=1e-4)
 
     def test_special_tokens_are_no_predictions(self, folders, interpret, tmp_path):
         model, tokenizer = load(folders, "ForMaskedLM")

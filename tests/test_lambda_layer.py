@@ -492,6 +492,16 @@ class TestPositionLambda:
         expected = reference_position_lambda(values, table, None)
         torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.parametrize("name", ["fft", "spectral"])
+    @pytest.mark.parametrize("limit, length", [(130, 65), (130, 130), (129, 129)])
+    def test_global_over_several_blocks(self, name, limit, length):
+        """Of which a spectrum takes 64 places at a time; a limit one above their multiple needs one more."""
+        torch.manual_seed(0)
+        values = torch.randn(1, length, 2, 2, dtype=torch.float64)
+        table = torch.randn(2 * limit - 1, 3, 2, dtype=torch.float64)
+        expected = reference_position_lambda(values, table, None)
+        torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
+
     @pytest.mark.parametrize("length", [1, 5, 64])
     def test_global_and_fft_have_the_same_gradients(self, length):
         torch.manual_seed(0)
@@ -710,6 +720,8 @@ class TestInitialisation:
             (spread[middle - distance].item() + spread[middle + distance].item()) / 2 for distance in (2, 5, 12)
         ]
         assert all(near > far for near, far in zip(by_distance, by_distance[1:]))
+        distances = (torch.arange(len(spread)) - middle).abs()
+        torch.testing.assert_close(spread / spread[middle], 1 / (1 + distances), rtol=0.2, atol=0)
         torch.testing.assert_close(spread, spread.flip(0), rtol=0.15, atol=0)
 
 
@@ -999,3 +1011,17 @@ def test_a_gpu_takes_them_as_long_as_they_are_small():
     assert repetitions_lambdabert.prefers_matrix(on_gpu(64, 512))
     assert not repetitions_lambdabert.prefers_matrix(on_gpu(1, 2**17))
     assert not repetitions_lambdabert.prefers_matrix(on_gpu(2**12, 2048))
+
+
+@pytest.mark.parametrize("module", [lambda_kernels, repetitions_lambdabert])
+@pytest.mark.parametrize("how", ["exported", "traced"])
+def test_a_program_that_is_written_on_a_gpu_takes_neither(module, how, monkeypatch):
+    """It serves other lengths, and other devices."""
+    given = SimpleNamespace(device=torch.device("cuda"), shape=torch.Size((8, 512, 12, 16)))
+    ids = SimpleNamespace(device=torch.device("cuda"), shape=torch.Size((64, 512)))
+    monkeypatch.setattr(module, "is_exporting", lambda: how == "exported")
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: how == "traced")
+    if module is lambda_kernels:
+        assert not lambda_kernels.prefers_blocks(given, is_global=False)
+    else:
+        assert not repetitions_lambdabert.prefers_matrix(ids)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-SHAPES = [(2, 5), (4, 33), (1, 200), (7, 1)]  # B, N
+SHAPES = [(2, 5), (4, 33), (2, 200), (7, 1)]  # B, N
 LONGEST = 200
 
 

@@ -21,6 +21,13 @@ def without(config):
     return LambdaBertConfig(**config.to_dict() | {"position_embedding_type": "none"})
 
 
+def test_embeddings_are_dropped_out(make_config, make_inputs):
+    model = build(LambdaBertModel, without(make_config(hidden_dropout_prob=0.5)))
+    ids = make_inputs(LambdaBertModel, model.config, batch=8)["input_ids"]
+    assert 0.4 < (model.train().embeddings(ids) == 0).double().mean() < 0.6
+    assert (model.eval().embeddings(ids) != 0).all()
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_equals_a_zero_table(make_config, make_inputs, make_labels, model_class, scope, training):

@@ -13,6 +13,7 @@ from lambdabert.interpretation import (
     integrated_gradients,
     secants,
 )
+from lambdabert.interpretation.predictions import Prediction
 
 MASK = 4
 NAMES_AND_QUESTIONS = [
@@ -89,6 +90,28 @@ def check_sums(model, inputs, place, token):
         passed = layer.content + layer.position + layer.repetition + layer.queries + layer.residual
         torch.testing.assert_close(passed.reshape(len(total), -1).sum(1), total, rtol=1e-9, atol=1e-9)
     return found
+
+
+def test_keys_and_values_are_the_content_part(make_model, masked):
+    """By the slopes at each, where the residual is what the parts leave."""
+    model = make_model(content_gain=True)
+    inputs = masked(model)
+    found = explain_prediction(model, inputs, 2, 7, MASK)
+    prediction = Prediction(model, inputs, 2, 7)
+    words = prediction.embeddings(inputs["input_ids"])
+    pair = torch.stack([words, torch.lerp(words, prediction.mask_embedding(MASK), explanations.FADING)])
+    with secants.secants(model) as branches:
+        logit, _ = prediction.run(pair.requires_grad_())
+    for layer, block in zip(found.layers, model.bert.encoder.layer, strict=True):
+        way = branches[block.attention.self]
+        expected = torch.zeros_like(words[..., 0])
+        for branch in (way.key_logits, way.content_values):
+            (slopes,) = torch.autograd.grad(logit.sum(), branch, retain_graph=True)
+            first, second = branch.detach().flatten(2).chunk(2)
+            part = (slopes[: len(first)].flatten(2) * (first - second)).sum(-1)
+            assert part.abs().max() > 1e-6
+            expected += part
+        torch.testing.assert_close(layer.content, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_bias_is_the_logit_of_the_faded_text(make_model, masked):

@@ -226,6 +226,15 @@ def test_word_order_is_beyond_the_first_content_lambda(make_model):
 
 
 class TestFeatures:
+    def test_padding_is_in_no_row(self, make_model, holey):
+        model = make_model(position_embedding_type="none").float()
+        inputs = holey(model)
+        together = feature_rows(model, [inputs])
+        for row, length in ((0, 9), (2, 6)):  # the one between has a hole, which keeps its width
+            one = {name: value[row : row + 1, :length] for name, value in inputs.items()}
+            for name, features in feature_rows(model, [one]).items():
+                torch.testing.assert_close(together[name][row : row + 1], features, rtol=1e-4, atol=1e-5, msg=name)
+
     def test_rows_are_those_of_the_traces(self, make_model, holey):
         model = make_model().float()
         inputs = holey(model)

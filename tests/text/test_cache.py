@@ -74,6 +74,7 @@ def test_workers_end_with_the_process_that_prepares(tmp_path, tokenizer, monkeyp
         finally:
             os._exit(1)
     while len(list(tmp_path.glob("worker-*"))) < 2:
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), "it ended before its workers began"
         time.sleep(0.05)
     workers = psutil.Process(process).children(recursive=True)
     assert len(workers) >= 2

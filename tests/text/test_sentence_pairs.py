@@ -5,8 +5,20 @@ import random
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
+from lambdabert.text.examples import DocumentPool
 from lambdabert.text.sentence_pairs import draw_pairs, draw_random_segment, sentence_bounds, split_sentences
+
+
+def test_every_other_document_lends_its_segments_alike():
+    documents = Dataset.from_dict({"input_ids": [[i] for i in range(20)], "sentence_lengths": [[1]] * 20})
+    usable = np.array([i for i in range(20) if i not in (0, 7, 19)])
+    pool, rng = DocumentPool(documents, usable), random.Random(0)
+    drawn = np.bincount([int(pool.draw_other(5, rng).ids[0]) for _ in range(4000)], minlength=20)
+    others = [i for i in usable if i != 5]
+    assert drawn[[0, 5, 7, 19]].sum() == 0
+    assert 180 < drawn[others].min() and drawn[others].max() < 330, "4000 / 16, and five standard deviations"
 
 
 @pytest.mark.parametrize("sentence_lengths", [[1, 2], [5, 5, 5], [100], [9, 1, 9, 1, 9], [3] * 50])

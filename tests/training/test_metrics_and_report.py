@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn import functional as F
 from transformers import Trainer, TrainerState
 
 import run_language_modeling
@@ -33,6 +34,22 @@ def test_evaluation_keeps_sums_instead_of_logits():
     metrics = pretraining_metrics(type("Prediction", (), {"predictions": sums.numpy()}))
     assert metrics["mlm_loss"] == metrics["loss"] == pytest.approx((right + wrong) / 2, rel=1e-6)
     assert "sentence_loss" not in metrics
+
+
+def test_sentence_metrics_are_means_over_pairs():
+    """However many tokens of each are masked."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.full((3, 4), -100)
+    labels[0, :3], labels[1, 0] = torch.tensor([0, 1, 1]), 0
+    logits, sentence_logits = torch.randn(4, 2, generator=generator), torch.randn(3, 2, generator=generator)
+    order = torch.tensor([0, 1, 1])
+    inputs = {"labels": labels, "attention_mask": torch.ones(3, 4), "sentence_order_label": order}
+    sums = example_sums(logits, sentence_logits, inputs)
+    metrics = pretraining_metrics(type("Prediction", (), {"predictions": sums.numpy()}))
+    mlm, pairs = F.cross_entropy(logits, labels[labels != -100]), F.cross_entropy(sentence_logits, order)
+    assert metrics["sentence_loss"] == pytest.approx(pairs.item(), rel=1e-6)
+    assert metrics["sentence_accuracy"] == pytest.approx((sentence_logits.argmax(1) == order).float().mean().item())
+    assert metrics["loss"] == pytest.approx((mlm + pairs).item(), rel=1e-6)
 
 
 def test_the_mean_of_no_masked_token_is_none():
