@@ -288,6 +288,14 @@ def run_model(folder: RunFolder, name: str) -> tuple[list[Run], dict[str, float]
     return [winner] + [run(winner["learning_rate"], seed) for seed in other_seeds], rates
 
 
+def warn_of_other_masks(best: dict[str, list[Run]]) -> None:
+    """Says on stderr that the losses cannot be compared: a tokenizer that was trained anew splits and masks anew."""
+    masked = {run["curve"][-1]["eval_masked_tokens"] for runs in best.values() for run in runs}
+    if len(masked) > 1:
+        counts = ", ".join(map(str, sorted(masked)))
+        print(f"warning: the runs were evaluated under different masks, of {counts} tokens.", file=sys.stderr)
+
+
 def table(best: dict[str, list[Run]], seconds: dict[str, float], tested: bool) -> str:
     """A row for each model: mean and standard deviation over seeds."""
     head = ["model", "parameters", "learning rate", "seeds", "steps", "tokens", "seconds a step"]
@@ -365,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     best, rates = {}, {}
     for name in names:
         best[name], rates[name] = run_model(folder, name)
+    warn_of_other_masks(best)
     seconds, machine = folder.summary.get("seconds a step", {}), folder.summary.get("environment")
     if list(seconds) != names:
         seconds, machine = step_seconds(folder, names), environment("datasets")

@@ -223,6 +223,16 @@ def test_a_peer_is_the_library_class_without_needless_logits(name, make_config):
     torch.testing.assert_close(2 * half, stock.train()(**inputs).loss)
 
 
+def test_rows_under_other_masks_are_warned_of(capsys):
+    def best(*counts):
+        return {str(i): [{"curve": [{"eval_masked_tokens": count}]}] for i, count in enumerate(counts)}
+
+    quality.warn_of_other_masks(best(7, 7))
+    assert not capsys.readouterr().err
+    quality.warn_of_other_masks(best(7, 8, 7))
+    assert "different masks, of 7, 8 tokens" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(text, tmp_path, monkeypatch):
     recipe = {
         "pretraining": benchmark_options(text, tmp_path) | {"eval_steps": 4},
