@@ -37,8 +37,8 @@ PositionLambda = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def is_exporting() -> bool:
-    """Whether a program is being exported: `torch.compiler.is_exporting` is True in all that dynamo of torch 2.11
-    compiles, and the flag is not."""
+    """Whether a program is being exported. In torch 2.11 `torch.compiler.is_exporting()` is also True under
+    `torch.compile`; this flag is not."""
     return torch.compiler._is_exporting_flag
 
 

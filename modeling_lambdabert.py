@@ -229,7 +229,7 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 )
 
 
-# whose hooks take any layout: they record outputs, let embeddings have gradients, shard weights, or know of packed rows
+# modules whose hooks work on packed rows as well: they record outputs, give embeddings gradients, or shard weights
 FREE_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils", "torch.distributed", "lambdabert.")
 
 
@@ -290,7 +290,7 @@ class LambdaBertLayer(BertLayer):
         packing: Packing | Padded | None = None,
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, attention_mask, packing)
-        # dropout by tiles would be another draw than that of the whole, which checkpointing makes with gradients
+        # tiles would draw another dropout mask than the recomputation of a checkpoint, which is whole
         as_given = self.training or as_a_whole(hidden_states) or _is_watched(self.intermediate, self.output)
         if self.chunk_size_feed_forward or as_given:
             return apply_chunking_to_forward(

@@ -53,7 +53,7 @@ from lambdabert.training.report import (
 )
 from lambdabert.training.run import Documents, TrainingRun
 from lambdabert.training.settings import examples_of_a_step
-from lambdabert.training.tokenizers import load_tokenizer
+from lambdabert.training.tokenizers import SPECIAL_TOKENS, load_tokenizer
 from lambdabert.training.trainer import InterruptibleTrainer, PretrainingTrainer
 from modeling_lambdabert import LambdaBertForMaskedLM, LambdaBertForPreTrainingNSP, LambdaBertForPreTrainingSOP
 
@@ -211,7 +211,8 @@ class Pretraining(TrainingRun):
         args, data_args = self.model_args, self.data_args
         if args.train_tokenizer:
             check_masked_sentence(args.masked_sentence, MASK_TOKEN)
-            config = self.config(args.vocab_size, padding=0, mask=4)
+            padding, mask = (SPECIAL_TOKENS.index(token) for token in ("[PAD]", MASK_TOKEN))
+            config = self.config(args.vocab_size, padding, mask)
         else:
             self.tokenizer = self.named_tokenizer()
             check_tokenizer(self.tokenizer, pairs=self.objective.has_pairs, whole_word_mask=data_args.whole_word_mask)

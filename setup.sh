@@ -26,10 +26,13 @@ install() {
 mode=${1:-install}
 case $mode in install | demo | test | lint) ;; *) die "unknown argument '$mode': use no argument, demo, test or lint." ;; esac
 
-if [ ! -x env/bin/python ] || ! env/bin/python -m pip --version >/dev/null 2>&1; then
+if [ -e env ] && [ ! -e env/pyvenv.cfg ]; then
+    die "./env is no Python environment, and is not overwritten; move it away."
+fi
+is_recent='import sys; sys.exit(sys.version_info < (3, 11))'
+if ! env/bin/python -c "$is_recent" 2>/dev/null || ! env/bin/python -m pip --version >/dev/null 2>&1; then
     python=${PYTHON:-python3}
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        die "'$python' is missing or older than Python 3.10; name another with PYTHON=..."
+    "$python" -c "$is_recent" || die "'$python' is missing or older than Python 3.11; name another with PYTHON=..."
     "$python" -m venv --clear env || die "'$python -m venv env' failed; on Debian and Ubuntu install python3-venv."
 fi
 # One release of torch rather than a range: where pip's sources hold a CPU build of it, that one is taken.

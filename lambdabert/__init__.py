@@ -1,4 +1,4 @@
-"""LambdaBERT: the model, and in its folders what trains it.
+"""LambdaBERT: the model, and in its folders what trains, converts, reads and exports it.
 
 The model's own modules stand beside this package, because a saved model carries copies of them.
 """

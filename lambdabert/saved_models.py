@@ -28,7 +28,7 @@ def sentence_module_paths(folder: Path) -> list[str]:
 
 
 def compute_whole(model: nn.Module) -> None:
-    """Switches off computing feed-forward layers in chunks: the same results, without lengths that chunks divide."""
+    """Switches off computing feed-forward layers in chunks: the results stay the same, and any length works."""
     module: Any
     for module in model.modules():
         if hasattr(module, "chunk_size_feed_forward"):

@@ -7,11 +7,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"run_language_modeling", "distill_from_bert", "interpret_lambdas", "export_model"}
+PARTS = tuple(f"lambdabert.{part}" for part in ("text", "training", "distillation", "interpretation", "deployment"))
 # what each part must not know of
 ABOVE = {
-    "lambdabert.text": ("lambdabert.training", "lambdabert.distillation", "lambdabert.interpretation"),
-    "lambdabert.training": ("lambdabert.distillation", "lambdabert.interpretation"),
-    "lambdabert.distillation": ("lambdabert.interpretation",),
+    "lambdabert.command_line": (*PARTS, "lambdabert.saved_models"),
+    "lambdabert.saved_models": PARTS,
+    "lambdabert.text": PARTS[1:],
+    "lambdabert.training": PARTS[2:],
+    "lambdabert.distillation": PARTS[3:],
     "lambdabert.interpretation": ("lambdabert.training", "lambdabert.distillation", "lambdabert.deployment"),
     "lambdabert.deployment": (
         "lambdabert.text",

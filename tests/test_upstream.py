@@ -134,6 +134,26 @@ PRIVATE = {
         saves_states_before_the_trainers,
         "InterruptibleTrainer waits there for all processes, so that trainer_state.json marks a complete checkpoint.",
     ),
+    "_orig_mod": (
+        lambda: isinstance(torch.compile(nn.Identity(), backend="eager")._orig_mod, nn.Identity),
+        "Interpretation refuses a compiled model, whose hooks do not run.",
+    ),
+    "_compiled_call_impl": (
+        lambda: nn.Identity()._compiled_call_impl is None,
+        "Interpretation refuses a model that was compiled in place, whose hooks do not run.",
+    ),
+    "_internal_call": (
+        lambda: "_internal_call" in inspect.signature(Trainer.save_model).parameters,
+        "A model is saved by it without a push, which comes after the report.",
+    ),
+    "_finish_current_push": (
+        lambda: callable(Trainer._finish_current_push),
+        "The push at the end waits for that of a checkpoint.",
+    ),
+    "_determine_best_metric": (
+        lambda: "self._determine_best_metric(" in source(Trainer._maybe_log_save_evaluate),
+        "A run that a signal ends is saved by it under save_strategy='best', which else saves the best alone.",
+    ),
     "_get_train_sampler": (
         lambda: "self._get_train_sampler" in source(Trainer.get_train_dataloader),
         "DistillationTrainer makes batches of similar length there; they would be random and mostly padding.",

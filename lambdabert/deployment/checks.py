@@ -59,7 +59,7 @@ def largest_deviation(loaded: LoadedProgram, call: Call) -> tuple[tuple[str, ...
             raise ValueError(f"the exported program gives {', '.join(actual)} in place of {', '.join(names)}.")
         for name, wanted in expected.items():
             found = actual[name]
-            # others: -inf of max pooling where a text has no tokens, and the least number where no answer can be
+            # the rest: -inf of max pooling where a text has no tokens, finfo.min where no answer may start or end
             finite = wanted.isfinite() & (wanted > torch.finfo(wanted.dtype).min)
             has_numbers = found.shape == wanted.shape and bool(found[finite].isfinite().all())
             if not has_numbers or not (found[~finite] == wanted[~finite]).all():

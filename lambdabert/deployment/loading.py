@@ -159,7 +159,7 @@ def load_sentence_program(folder: Path) -> LoadedProgram:
             "not; remove it from config_sentence_transformers.json, and cut the program's vectors."
         )
     check_case(sentences, f"model={folder}")
-    # sentence-transformers does not say which weights it made up
+    # sentence-transformers does not say which weights it initialised randomly
     model: Any
     model, missing = load_with_missing(LambdaBertModel, folder / sentence_module_paths(folder)[0])
     if missing:

@@ -66,7 +66,7 @@ def export_program(loaded: LoadedProgram) -> torch.export.ExportedProgram:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keeps what exporters say of their own insides from the user."""
+    """Silences the exporters' internal messages."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", None)]  # onnxruntime's quantisation uses the root's
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -170,7 +170,7 @@ class DistillationTrainer(InterruptibleTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = self.examples_losses(model, inputs)
         items = count_items(inputs)
-        return None, torch.cat([sums.double(), items], dim=1), items
+        return None, torch.cat([sums.float(), items], dim=1), items
 
     def mean_losses(self, prediction: EvalPrediction) -> dict[str, float]:
         """The losses over all of the evaluation's items."""

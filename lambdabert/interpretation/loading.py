@@ -18,7 +18,7 @@ from .traces import LambdaTrace
 
 BATCH = 32
 LIKELIEST = 5
-TABLES = (".csv", ".json", ".jsonl", ".parquet")  # read as lines, their syntax would be text
+TABLES = (".csv", ".json", ".jsonl", ".parquet")  # not read by line, where their syntax would count as text
 CLASSIFIERS = (
     modeling_lambdabert.LambdaBertForSequenceClassification,
     modeling_lambdabert.LambdaBertForNextSentencePrediction,

@@ -42,7 +42,7 @@ def lambda_layers(model: PreTrainedModel) -> list[Any]:
     return layers
 
 
-REPLACED: WeakSet[Any] = WeakSet()  # layers whose content lambda is another at the moment
+REPLACED: WeakSet[Any] = WeakSet()  # layers whose content lambda is currently replaced
 
 
 def check_layer(layer: int, count: int) -> None:

@@ -22,8 +22,8 @@ class Prediction:
             for all rows or [B].
 
     Raises:
-        ValueError: no lambda layers, training mode, no head; a place or target that is missing, superfluous, out of
-            range, no whole number, or for other than B rows; a place of padding.
+        ValueError: no lambda layers, training mode; and when it is run: no head; a place or target that is missing,
+            superfluous, out of range, no whole number, or for other than B rows; a place of padding.
     """
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any], place: Index | None, target: Index | str):
@@ -103,7 +103,7 @@ class Prediction:
         return of_tokens[rows, places]
 
     def run(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The logits of S copies of the batch on other word embeddings, [S, B]; what tokens are the same stays.
+        """The logits of S copies of the batch on other word embeddings, [S, B]; repetitions are those of `input_ids`.
 
         Args:
             embeddings: [S, B, N, D]

@@ -87,7 +87,7 @@ def trace_lambdas(model: PreTrainedModel, inputs: Mapping[str, Any]) -> LambdaTr
 
     Args:
         model: a LambdaBERT of any class, in evaluation mode.
-        inputs: what its tokenizer returns with `return_tensors="pt"`, [B, N] each.
+        inputs: what its tokenizer returns with `return_tensors="pt"`, [B, N] each ([B, C, N] with choices).
 
     Raises:
         ValueError: no lambda layers, training mode, no `input_ids`; and what the model refuses.

@@ -76,7 +76,7 @@ class StopTogether(TrainerCallback):
 
     @property
     def exit_status(self) -> int:
-        """That of a command which the signal stopped, as shells give it: 130 after Ctrl-C, 143 after SIGTERM."""
+        """Exit status after a signal: 128 and its number, 130 for Ctrl-C and 143 for SIGTERM."""
         return 128 + getattr(signal, str(self.received), signal.SIGTERM)
 
 
@@ -130,7 +130,7 @@ def use_batch_of(state: TrainerState, args: TrainingArguments) -> None:
 class StartAnew(TrainerCallback):
     """Gives each attempt of `auto_find_batch_size` the weights that the first began with, and a new optimizer's state.
 
-    By itself the Trainer goes on from those which an attempt reached before it ran out of memory.
+    Otherwise the Trainer continues from the weights of the attempt that ran out of memory.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ def set_up_logging(training_args: RunArguments) -> None:
 
 @contextmanager
 def old_objects_kept() -> Iterator[None]:
-    """Makes garbage collection, which the Trainer asks for, skip all objects that exist already, as modules."""
+    """Excludes objects that already exist, mostly modules, from the Trainer's garbage collections."""
     gc.freeze()
     try:
         yield

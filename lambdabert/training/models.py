@@ -32,7 +32,7 @@ NEW_MODEL = {
 NEW_MODEL_OF_PAIRS = {**NEW_MODEL, "classifier_pooling": "sep"}
 # the peak learning rate of a new model of so many layers, so wide, with steps of so many tokens
 RATE, RATED_LAYERS, RATED_WIDTH, RATED_TOKENS = 4e-3, 4, 192, 4096
-# encoder weights that a config may add to a trained model: they start at 0, and the model stays what it is
+# encoder weights that a config may add to a trained model: initialised to 0, they leave the outputs unchanged
 NEUTRAL, NEUTRAL_FIELD = ".repetition_embeddings", "repetition_context_size"
 
 

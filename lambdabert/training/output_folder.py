@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 RUN_SETTINGS_NAME = "run_settings.json"
 EVALUATION_NAME = "evaluation.json"
 CARD_NAME = "README.md"
-# its groups, now and before it named model and text
+# top-level keys of evaluation.json: now, and before it recorded model and text
 REPORTS_OF_EVALUATIONS = ({"evaluated", "eval", "model", "data"}, {"train", "eval", "model", "data"})
 # what every `RUN_SETTINGS_NAME` holds
 SETTINGS_GROUPS = ("data", "model", "training")

@@ -109,6 +109,7 @@ class TrainingRun(ABC):
 
         Raises:
             ValueError: an option, the folder, the model or the text does not work.
+            CheckpointError: the checkpoint to resume from cannot be read.
         """
         self.check_options()
         self.check_folder()
@@ -133,6 +134,7 @@ class TrainingRun(ABC):
 
         Raises:
             CheckpointError: a checkpoint cannot be resumed from, the loss is not finite, or the disk is full.
+            UnreadableTextError: a file of a stream cannot be read.
         """
         if self.training_args.device.type == "cpu":
             keep_freed_memory()
@@ -210,7 +212,7 @@ class TrainingRun(ABC):
         """Refuses a text that makes too few examples. Raises ValueError."""
 
     def start_from_text(self) -> None:
-        """Sets what a new model's weights owe to the prepared text."""
+        """Initialises a new model's weights from statistics of the prepared text."""
 
     def show(self, trainer: InterruptibleTrainer) -> None:
         """Logs what the finished model does."""

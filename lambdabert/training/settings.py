@@ -22,7 +22,7 @@ EXAMPLES_HASHED_AT_A_TIME = 10_000
 PLACE_AND_SPEED_FIELDS = ("data_cache_dir", "preprocessing_num_workers")
 # what is evaluated
 EVALUATION_DATA_FIELDS = ("validation_file", "max_eval_samples", "eval_mlm_probability")
-# arguments of the Trainer that decide neither weights nor which of them are the result
+# arguments of the Trainer that affect neither the weights nor which checkpoint is the result
 WATCHING_FIELDS = (
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
     *("log_level", "log_level_replica", "disable_tqdm", "include_num_input_tokens_seen", "report_to", "run_name"),

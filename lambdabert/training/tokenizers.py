@@ -27,7 +27,7 @@ def load_tokenizer(name: str, option: str = "tokenizer_name") -> PreTrainedToken
         cased = any(token != token.lower() for token in words if not token.startswith("["))
         return BertTokenizer(vocab=words, do_lower_case=not cased)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # broken files raise whatever their readers stumble over
         if path.is_dir():
             said = f"{type(error).__name__}: {error}"

@@ -160,7 +160,7 @@ class InterruptibleTrainer(Trainer):
             model.load_state_dict({name: weight for file in files for name, weight in file.items()}, strict=False)
 
     def best_checkpoint(self, checkpoint: Path) -> Path | None:
-        """The best checkpoint until another one beside it, if the best is to be the result; None before there is any.
+        """The best checkpoint that `checkpoint` records; None if there is none, or the best is not asked for.
 
         Raises:
             CheckpointError: it is gone.
