@@ -188,8 +188,8 @@ def start_from_attention(
     layer, output = lambda_attention.self, lambda_attention.output.dense
     given, out = attention.self.value, attention.output.dense
     depth, intra = layer.to_values.out_features // layer.intra_depth, layer.intra_depth
-    mapped = out.weight.double() @ given.weight.double()
-    left, singular, _ = torch.linalg.svd(mapped * previous_norm.weight.double())
+    mapped = out.weight.cpu().double() @ given.weight.cpu().double()  # on a CPU: not every device has float64
+    left, singular, _ = torch.linalg.svd(mapped * previous_norm.weight.cpu().double())
     rank = min(depth * intra, int((singular > 1e-6 * singular[0]).sum()))
     left, singular = left[:, :rank], singular[:rank]
 
