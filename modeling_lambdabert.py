@@ -1080,7 +1080,7 @@ class LambdaBertForMultipleChoice(LambdaBertPreTrainedModel, BertForMultipleChoi
         if inputs_embeds is not None and inputs_embeds.dim() != 4:
             raise ValueError(f"inputs_embeds is {list(inputs_embeds.shape)}: give [batch, choices, length, hidden].")
         of_tokens = (input_ids, attention_mask, token_type_ids, position_ids)
-        flat = [None if given is None else given.reshape(-1, given.shape[-1]) for given in of_tokens]
+        flat = [None if given is None else given[None].flatten(0, -2) for given in of_tokens]
         outputs = self._encode(*flat, None if inputs_embeds is None else inputs_embeds.flatten(0, 1), **kwargs)
         batch, choices = next(tokens.shape[:2] for tokens in (input_ids, inputs_embeds) if tokens is not None)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(batch, choices)
