@@ -14,12 +14,16 @@ from benchmarks.report import Curve, draw_curves
 
 RECORDS = Path("benchmarks/results/pretraining")
 LAST_STEP = 14000
+FIVE_LAYERS = "wikipedia_512_new_repetitions_five_layers"
+MODERNBERT = "wikipedia_512_modernbert_14000"
+# records of each curve, one a seed; minutes are those of the first
 RUNS = {
-    "LambdaBERT with repetitions": "wikipedia_512_new_repetitions_14000",
-    "ModernBERT": "wikipedia_512_modernbert_14000",
-    "BERT": "wikipedia_512_bert",
-    "FNet": "wikipedia_512_fnet",
-    "LambdaBERT, wikipedia-512": "wikipedia_512",
+    "LambdaBERT with repetitions": ("wikipedia_512_new_repetitions_14000",),
+    "LambdaBERT with repetitions, five layers": (FIVE_LAYERS, f"{FIVE_LAYERS}_seed_2", f"{FIVE_LAYERS}_seed_3"),
+    "ModernBERT": (MODERNBERT, f"{MODERNBERT}_seed_2", f"{MODERNBERT}_seed_3"),
+    "BERT": ("wikipedia_512_bert",),
+    "FNet": ("wikipedia_512_fnet",),
+    "LambdaBERT, wikipedia-512": ("wikipedia_512",),
 }
 GPU_RUNS = {
     "LambdaBERT with repetitions": ("lambda_s1", "lambda_s2", "lambda_s3"),
@@ -28,19 +32,21 @@ GPU_RUNS = {
     "LambdaBERT without repetitions, K = 32": ("content_k32",),
     "LambdaBERT without repetitions, K = 8": ("content_s1",),
 }
-OF_ANOTHER_DAY = ("LambdaBERT, wikipedia-512", "FNet")  # their minutes are of slower machines
+# their minutes are of other machines, or of more work beside them
+OF_ANOTHER_DAY = ("LambdaBERT with repetitions, five layers", "LambdaBERT, wikipedia-512", "FNet")
 
 
 def draw_cpu_runs() -> None:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for name, record in RUNS.items():
-        recorded = json.loads((RECORDS / f"{record}.json").read_text(encoding="utf-8"))
-        curve = [point for point in recorded["curve"] if point["step"] <= LAST_STEP]
-        tokens_a_step = recorded["train"]["num_input_tokens_seen"] / recorded["train"]["step"]
-        losses = [[point["eval_mlm_loss"]] for point in curve]
-        tokens = [tokens_a_step * point["step"] / 1e6 for point in curve]
-        minutes = [point["seconds"] / 60 for point in curve]
+    for name, records in RUNS.items():
+        seeds = [json.loads((RECORDS / f"{record}.json").read_text(encoding="utf-8")) for record in records]
+        curves = [{point["step"]: point for point in seed["curve"]} for seed in seeds]
+        steps = [step for step in curves[0] if step <= LAST_STEP and all(step in curve for curve in curves)]
+        tokens_a_step = seeds[0]["train"]["num_input_tokens_seen"] / seeds[0]["train"]["step"]
+        losses = [[curve[step]["eval_mlm_loss"] for curve in curves] for step in steps]
+        tokens = [tokens_a_step * step / 1e6 for step in steps]
+        minutes = [curves[0][step]["seconds"] / 60 for step in steps]
         if name in OF_ANOTHER_DAY:
             draw_curves(panels[:1], {name: Curve((tokens,), losses)}, ["million tokens"])
         else:
