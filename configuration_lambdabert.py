@@ -171,11 +171,6 @@ class LambdaBertConfig(BertConfig):
                 f"num_lambda_queries={self.num_lambda_queries} leaves hidden_size={self.hidden_size} a single channel "
                 "of values, which lambda_norm='layer' takes off as its own mean: use fewer, or another norm."
             )
-        if self.lambda_norm == "layer" and self.num_lambda_queries * self.key_depth == 1:
-            raise ValueError(
-                "num_lambda_queries=1 and key_depth=1 leave queries one channel, which lambda_norm='layer' takes off "
-                "as its own mean: use more, or another norm."
-            )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
                 f"position_embedding_type={self.position_embedding_type!r} is unknown; set it to one of "

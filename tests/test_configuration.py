@@ -175,14 +175,6 @@ def test_layer_norm_of_a_single_channel_of_values_is_refused():
         assert LambdaBertConfig(hidden_size=16, num_lambda_queries=16, **fields).hidden_size == 16
 
 
-def test_a_layer_norm_needs_more_than_one_query_channel():
-    with pytest.raises((ValueError, StrictDataclassError), match="key_depth=1.* lambda_norm='layer'"):
-        LambdaBertConfig(num_lambda_queries=1, key_depth=1)
-    for fields in ({"lambda_norm": "rms"}, {"num_lambda_queries": 2}, {"key_depth": 2}):
-        sizes = {"num_lambda_queries": 1, "key_depth": 1} | fields
-        assert LambdaBertConfig(**sizes).key_depth == sizes["key_depth"]
-
-
 @pytest.mark.parametrize(
     "positions, scope, longest", [("absolute", None, 77), ("absolute", 25, 77), ("none", None, 77), ("none", 25, None)]
 )

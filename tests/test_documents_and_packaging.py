@@ -99,11 +99,22 @@ def test_setup_script_says_which_install_failed(tmp_path):
     assert not list((tmp_path / "env").glob("installed-*"))
 
 
+def test_setup_script_leaves_a_folder_that_is_no_environment(tmp_path):
+    (tmp_path / "setup.sh").write_bytes((ROOT / "setup.sh").read_bytes())
+    (tmp_path / "setup.sh").chmod(0o755)
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "mine.txt").touch()
+    done = subprocess.run([tmp_path / "setup.sh"], capture_output=True, text=True)
+    assert done.returncode != 0 and "./env is no Python environment" in done.stderr
+    assert (tmp_path / "env" / "mine.txt").exists()
+
+
 def test_the_demo_ends_with_a_page_however_often(tmp_path):
     for name in ("setup.sh", "pyproject.toml", "requirements.txt"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "setup.sh").chmod(0o755)
     (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "pyvenv.cfg").touch()
     (tmp_path / "models").mkdir()
     python = tmp_path / "env" / "bin" / "python"
     # stands for training and the command, which refuses a page that exists

@@ -602,7 +602,7 @@ class TestDocuments:
         assert token_shares(names["trace"], 3).left_out.shape == (1, 11, 8, 64)
         found = names["found"]
         assert (found.tokens.sum() + found.bias).item() == pytest.approx(found.logit.item(), abs=1e-3)
-        assert (names["outputs"].lambda_params is None) and Path("war.html").exists()
+        assert (names["outputs"].lambda_params is None) and Path("page.html").exists()
 
     def test_commands(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
