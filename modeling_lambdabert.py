@@ -614,10 +614,7 @@ def _cross_entropies(logits: torch.Tensor, labels: torch.Tensor, name: str = "la
 
 
 def _label_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    name: str = "labels",
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """Mean cross entropy over the labels other than -100.
 
@@ -625,7 +622,7 @@ def _label_loss(
     them; given it, the losses of the micro-batches add up to the loss of the whole.
     """
     count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return _mean(_cross_entropies(logits, labels, name), count)
+    return _mean(_cross_entropies(logits, labels), count)
 
 
 def _check_mask_token(config: LambdaBertConfig) -> None:
@@ -689,13 +686,13 @@ def _sentence_loss(
         labels: the MLM labels, [B, N]
         num_items_in_batch: as in `_label_loss`, of `labels`; None = the mean over this batch.
     """
-    mean = _label_loss(logits, sentence_label, name=name)
+    losses = _cross_entropies(logits, sentence_label, name)
+    mean = _mean(losses, (sentence_label != -100).sum())
     if num_items_in_batch is None or labels is None:
         return mean
     masked_tokens = (labels != -100).sum(1).to(logits.device)
     count = torch.as_tensor(num_items_in_batch, device=logits.device)
-    by_masked_tokens = _mean(_cross_entropies(logits, sentence_label.flatten(), name) * masked_tokens, count)
-    return torch.where(count > 0, by_masked_tokens, mean)
+    return torch.where(count > 0, _mean(losses * masked_tokens, count), mean)
 
 
 class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):

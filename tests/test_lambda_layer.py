@@ -1,5 +1,6 @@
 """LambdaLayer against the definition in reference.py, and what it promises about padding, precision and statistics."""
 
+import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -483,22 +484,14 @@ class TestPositionLambda:
         torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("name", ["global", "fft", "spectral"])
-    @pytest.mark.parametrize("limit", [63, 100])
-    @pytest.mark.parametrize("length", LENGTHS)
+    @pytest.mark.parametrize(
+        "limit, length", [*itertools.product([63, 100], LENGTHS), (130, 65), (130, 130), (129, 129)]
+    )
     def test_global(self, name, limit, length):
+        """A spectrum takes 64 places at a time, and a limit one above their multiple needs one block more."""
         torch.manual_seed(0)
         values = torch.randn(2, length, 3, 2, dtype=torch.float64)
         table = torch.randn(2 * limit - 1, 4, 2, dtype=torch.float64)
-        expected = reference_position_lambda(values, table, None)
-        torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
-
-    @pytest.mark.parametrize("name", ["fft", "spectral"])
-    @pytest.mark.parametrize("limit, length", [(130, 65), (130, 130), (129, 129)])
-    def test_global_over_several_blocks(self, name, limit, length):
-        """Of which a spectrum takes 64 places at a time; a limit one above their multiple needs one more."""
-        torch.manual_seed(0)
-        values = torch.randn(1, length, 2, 2, dtype=torch.float64)
-        table = torch.randn(2 * limit - 1, 3, 2, dtype=torch.float64)
         expected = reference_position_lambda(values, table, None)
         torch.testing.assert_close(POSITION_LAMBDAS[name](values, table), expected, rtol=1e-10, atol=1e-10)
 

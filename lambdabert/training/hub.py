@@ -5,9 +5,9 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lambdabert.training.arguments import RunArguments
+from lambdabert.training.checkpoints import CHECKPOINTS
 
 
 def is_local(name: str | None) -> bool:
@@ -48,5 +48,5 @@ def push_folder(trainer: Trainer) -> None:
         commit_message="End of training",
         token=trainer.args.hub_token,
         revision=trainer.args.hub_revision,
-        ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        ignore_patterns=["_*", CHECKPOINTS],
     )
