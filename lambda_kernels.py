@@ -3,9 +3,10 @@
 `prefers_blocks` and `fastest_outputs` choose the way:
 
 - a local scope, by dense products with blocks of a Toeplitz matrix, in O(N);
-- a global scope, by an FFT, in O(N log N); up to `DIRECT_LENGTH` tokens the formula itself is faster;
+- a global scope, by an FFT, in O(N log N); up to `DIRECT_LENGTH` tokens the formula itself is faster, if not compiled;
 - in inference on a CPU, either of them tile by tile: the lambdas [B, N, K, V] are the largest tensor of a layer, and
-  those of a tile never leave the processor's cache;
+  those of a tile never leave the processor's cache. (Those of a global scope are made for whole rows, and applied tile
+  by tile.)
 - on a GPU a local scope is computed without lambdas, by `block_outputs`, while L H K is at most `BLOCK_CHANNELS`;
 - in a program that is exported, by forms that serve every batch size and length and are made of real-valued operators
   that every runtime has: the same Toeplitz blocks, and for a global scope a Fourier transform within blocks;
@@ -45,7 +46,9 @@ def is_exporting() -> bool:
 def as_a_whole(values: torch.Tensor) -> bool:
     """Whether a batch is computed at once, and not tile by tile, as inference on a CPU is."""
     is_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return torch.is_grad_enabled() or is_one_graph or values.device.type != "cpu"
+    if torch.is_grad_enabled() or is_one_graph or values.device.type != "cpu":
+        return True
+    return torch._C._functorch.is_batchedtensor(values)  # torch.func.vmap cannot write into a buffer
 
 
 def fastest_outputs(
@@ -73,8 +76,9 @@ def fastest_outputs(
         position_lambda = spectral_position_lambda if is_global else exported_local_lambda
     elif not torch.jit.is_tracing():
         direct_length = DIRECT_LENGTH_ON_GPU if values.device.type == "cuda" else DIRECT_LENGTH
-        is_short = is_global and not torch.compiler.is_compiling() and values.shape[1] <= direct_length
-        if not is_short:
+        # a compiled graph serves every length, and a branch by length would bound it
+        formula_is_faster = is_global and not torch.compiler.is_compiling() and values.shape[1] <= direct_length
+        if not formula_is_faster:
             position_lambda = fft_position_lambda if is_global else toeplitz_position_lambda
     if as_a_whole(values):
         return apply_lambdas(queries, content, position_lambda(values, relative_embeddings))
@@ -295,7 +299,7 @@ def fft_position_lambda(values: torch.Tensor, relative_embeddings: torch.Tensor)
             convolution = F.pad(convolution, (0, OFF_STRIDE))[..., :length]
             return rearrange(convolution, "b k v n -> b n k v")
 
-        if depths >= value_depth:  # without a buffer, into which torch.func.vmap could not write
+        if depths >= value_depth:  # at once, without a buffer
             return convolved(slice(None)).contiguous().to(values.dtype)
         lambdas = reversed_offsets.new_empty(batch, length, key_depth, value_depth, dtype=at_least_float32)
         for chosen in slices(value_depth, depths):

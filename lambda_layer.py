@@ -206,7 +206,7 @@ def _make_norm(lambda_norm: str, channels: int, eps: float) -> nn.Module:
 
 def _normalise(norm: nn.Module, inputs: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     normalised = norm(inputs, token_mask) if isinstance(norm, MaskedBatchNorm) else norm(inputs)
-    return normalised.to(inputs.dtype)  # autocast normalises in float32
+    return normalised.to(inputs.dtype)  # autocast and MaskedBatchNorm normalise in float32
 
 
 def can_read_values(tensor: torch.Tensor) -> bool:
@@ -304,32 +304,33 @@ class LambdaLayer(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        packing: Packing | Padded | None = None,
+        layout: Packing | Padded | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies the layer.
 
         Args:
-            hidden_states: [B, N, D]; or the real tokens alone, [1, T, D], with `packing`.
-            attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens. Not read if `packing` is given, which
+            hidden_states: [B, N, D]; or the real tokens only, [1, T, D], with a layout that packs them.
+            attention_mask: [B, N], 1 = token, 0 = padding; None = all are tokens. Not read if `layout` is given, which
                 carries the mask.
-            packing: the layout of the tokens, with their mask; None = [B, N] as given. A repetition lambda needs one
+            layout: the layout of the tokens, with their mask; None = [B, N] as given. A repetition lambda needs one
                 that was given the token ids, -1 at each [MASK].
 
         Returns:
             The output, shaped as `hidden_states`, and the content lambda [B, K, V], gain included.
 
         Raises:
-            ValueError: without `packing`, a mask that is not [B, N] or holds something other than 0 and 1; N is 0 or
+            ValueError: without `layout`, a mask that is not [B, N] or holds something other than 0 and 1; N is 0 or
                 exceeds the offset table of a global scope; a layout without the token ids that a repetition lambda
                 needs, without the mask, or of other tokens than `hidden_states`.
         """
-        layout = Padded(as_token_mask(attention_mask, hidden_states)) if packing is None else packing
-        if attention_mask is not None and layout.attention_mask is None:
-            raise ValueError("attention_mask: packing has none; give it to packing, as Padded(mask.bool(), token_ids).")
+        if layout is None:
+            layout = Padded(as_token_mask(attention_mask, hidden_states))
+        if attention_mask is not None and layout.token_mask is None:
+            raise ValueError("attention_mask: layout has none; give it to the layout, Padded(mask.bool(), token_ids).")
         if layout.computed_shape not in (None, hidden_states.shape[:2]):
             raise ValueError(
-                f"hidden_states is {list(hidden_states.shape)}, but packing is of {list(layout.computed_shape)}: "
-                "give packing.pack(hidden_states), and a mask of all rows."
+                f"hidden_states is {list(hidden_states.shape)}, but layout is of {list(layout.computed_shape)}: "
+                "give layout.pack(hidden_states), and a mask of all rows."
             )
         token_mask = layout.attention_mask
         queries = _normalise(self.query_norm, self.to_queries(hidden_states), token_mask)
@@ -374,7 +375,7 @@ class LambdaLayer(nn.Module):
         if self.repetition_embeddings is not None and repetitions is None:
             raise ValueError(
                 f"repetition_context_size={len(self.repetition_embeddings)} needs to know which tokens are the same: "
-                "give the layer packing=Padded(attention_mask.bool(), token_ids), with -1 at each [MASK]."
+                "give the layer layout=Padded(attention_mask.bool(), token_ids), with -1 at each [MASK]."
             )
         softmax_dtype = torch.promote_types(keys.dtype, torch.float32)
         if token_mask is not None:
@@ -390,20 +391,19 @@ class LambdaLayer(nn.Module):
         content = content_lambda(keys, values)
         if self.content_gain is not None:
             content = rearrange(self.content_gain, "k -> k 1").to(content.dtype) * content
-        elsewhere = None
-        if self.repetition_embeddings is not None and repetitions is not None:
-            elsewhere = values_elsewhere(values, len(self.repetition_embeddings), repetitions)
+        table, elsewhere = self.repetition_embeddings, None
+        if table is not None and repetitions is not None:
+            elsewhere = values_elsewhere(values, len(table), repetitions)
         if prefers_blocks(queries, self.is_global):
             if token_mask is not None:  # a NaN at padding would spread through the zeros of its block
                 queries = queries.masked_fill(~token_mask[..., None, None], 0)
-            outputs = block_outputs(
-                queries, content, values, self.relative_embeddings, elsewhere, self.repetition_embeddings
-            )
+            outputs = block_outputs(queries, content, values, self.relative_embeddings, elsewhere, table)
         else:
+            # the formula; but for traces and short texts of a global scope, a faster form of it is taken
             position_lambda = global_position_lambda if self.is_global else local_position_lambda
             outputs = fastest_outputs(
                 queries, content, values, self.relative_embeddings, self.is_global, position_lambda, apply_lambdas
             )
-            if elsewhere is not None and self.repetition_embeddings is not None:
-                outputs = outputs + repetition_outputs(queries, elsewhere, self.repetition_embeddings)
+            if table is not None and elsewhere is not None:
+                outputs = outputs + repetition_outputs(queries, elsewhere, table)
         return rearrange(outputs, "b n h v -> b n (h v)"), content

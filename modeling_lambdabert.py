@@ -83,6 +83,7 @@ KEYWORD_ARGUMENTS = {
     "output_attentions",
     "output_hidden_states",
     "output_lambda_params",
+    "return_dict",
     "use_cache",
 }
 
@@ -107,7 +108,7 @@ def refuses_unknown_arguments(forward: Callable) -> Callable:
                 f"{type(self).__name__} cannot use {', '.join(unknown)}: leave it out. The labels that it takes: "
                 f"{', '.join(find_labels(type(self))) or 'none'}."
             )
-        return forward(self, *args, **{name: value for name, value in kwargs.items() if name in known})
+        return forward(self, *args, **{name: value for name, value in kwargs.items() if value is not None})
 
     checked.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
     return checked
@@ -229,6 +230,8 @@ class LambdaBertEmbeddings(BertEmbeddings):
                 )
 
 
+# where modules are defined that treat every token on its own, or take any layout
+PER_TOKEN = ("torch.", "transformers.", "peft.", "bitsandbytes.", "lambdabert.")
 # modules whose hooks work on packed rows as well: they record outputs, give embeddings gradients, or shard weights
 FREE_HOOKS = ("transformers.utils.output_capturing", "transformers.modeling_utils", "torch.distributed", "lambdabert.")
 
@@ -239,13 +242,16 @@ def _takes_any_layout(other: Any) -> bool:
 
 
 def _is_watched(*modules: nn.Module) -> bool:
-    """Whether code of others sees what modules compute, or changes it: by a hook on one or on all modules, or by a
-    `forward` of one alone. It then gets whole rows [B, N, ...], as in BERT."""
+    """Whether code of others sees what modules compute, or changes it: by a hook on one or on all modules, by a
+    `forward` of a single one, or as a part put in the place of another. It then gets whole rows [B, N, ...], as in
+    BERT."""
+    own = (__name__, LambdaLayer.__module__)
     of_all: Any = torch.nn.modules.module
     hooks = [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
     hooks += [*of_all._global_backward_pre_hooks.values(), *of_all._global_backward_hooks.values()]
     for module in (part for each in modules for part in each.modules()):
-        if "forward" in vars(module):
+        kind = type(module).__module__
+        if "forward" in vars(module) or not (kind in own or kind.startswith(PER_TOKEN)):
             return True
         hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
@@ -266,9 +272,9 @@ class LambdaBertAttention(BertAttention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        packing: Packing | Padded | None = None,
+        layout: Packing | Padded | None = None,
     ) -> torch.Tensor:
-        context, _ = self.self(hidden_states, attention_mask, packing)
+        context, _ = self.self(hidden_states, attention_mask, layout)
         return self.output(context, hidden_states)
 
 
@@ -287,9 +293,9 @@ class LambdaBertLayer(BertLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        packing: Packing | Padded | None = None,
+        layout: Packing | Padded | None = None,
     ) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, attention_mask, packing)
+        hidden_states = self.attention(hidden_states, attention_mask, layout)
         # tiles would draw another dropout mask than the recomputation of a checkpoint, which is whole
         as_given = self.training or as_a_whole(hidden_states) or _is_watched(self.intermediate, self.output)
         if self.chunk_size_feed_forward or as_given:
@@ -312,10 +318,10 @@ class LambdaBertEncoder(BertEncoder):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        packing: Packing | Padded | None = None,
+        layout: Packing | Padded | None = None,
     ) -> BaseModelOutput:
         for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_mask, packing)
+            hidden_states = layer(hidden_states, attention_mask, layout)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -434,8 +440,8 @@ class LambdaBertModel(LambdaBertPreTrainedModel, BertModel):
             weight = torch.randn(module.weight.shape, generator=generator, device="cpu")
             init.copy_(module.weight, self.config.initializer_range * weight)
 
-    @capture_outputs
     @refuses_unknown_arguments
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -570,7 +576,9 @@ def _pooled_token(
     if pooling == "cls":
         place = is_real.to(torch.int32).argmax(dim=1, keepdim=True)
     else:
-        in_first_segment = is_real if token_type_ids is None else is_real & (token_type_ids == 0)
+        in_first_segment = is_real
+        if token_type_ids is not None:
+            in_first_segment = is_real & (token_type_ids == 0).to(is_real.device)
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         last = torch.where(in_first_segment, positions, -1).amax(dim=1, keepdim=True)
         # a row without a first segment gives its first token
@@ -672,12 +680,14 @@ def _sentence_loss(
     name: str,
     labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None,
+    training: bool,
 ) -> torch.Tensor:
     """Mean cross entropy of the sentence task over the pairs of a batch.
 
     Under gradient accumulation, the number of masked tokens in the whole step is known here, but not that of pairs.
     Each pair then counts in proportion to its masked tokens, so that micro-batches still add up exactly. In a step
-    without any masked token each pair counts alike.
+    without any masked token each pair counts alike. An evaluation keeps the mean, in as many parts as there are
+    processes, each in proportion to its masked tokens: the Trainer adds them up.
 
     Args:
         logits: [B, 2]
@@ -685,6 +695,7 @@ def _sentence_loss(
         name: of `sentence_label`.
         labels: the MLM labels, [B, N]
         num_items_in_batch: as in `_label_loss`, of `labels`; None = the mean over this batch.
+        training: whether the pairs are of a training step.
     """
     losses = _cross_entropies(logits, sentence_label, name)
     mean = _mean(losses, (sentence_label != -100).sum())
@@ -692,7 +703,8 @@ def _sentence_loss(
         return mean
     masked_tokens = (labels != -100).sum(1).to(logits.device)
     count = torch.as_tensor(num_items_in_batch, device=logits.device)
-    return torch.where(count > 0, _mean(losses * masked_tokens, count), mean)
+    share = _mean(losses * masked_tokens, count) if training else mean * masked_tokens.sum() / count.clamp(min=1)
+    return torch.where(count > 0, share, mean)
 
 
 class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
@@ -730,8 +742,9 @@ class LambdaBertForPreTraining(LambdaBertPreTrainedModel, BertForPreTraining):
         if mlm_loss is not None:
             parts["mlm_loss"] = mlm_loss
         if sentence_label is not None:
-            items = num_items_in_batch if self.training else None  # the Trainer gives it in evaluation, too
-            parts[sentence_loss] = _sentence_loss(sentence_logits, sentence_label, sentence_name, labels, items)
+            parts[sentence_loss] = _sentence_loss(
+                sentence_logits, sentence_label, sentence_name, labels, num_items_in_batch, self.training
+            )
         return LambdaBertForPreTrainingOutput(
             loss=reduce(torch.add, parts.values()) if parts else None,
             prediction_logits=prediction_logits,
@@ -918,6 +931,11 @@ class LambdaBertForSequenceClassification(LambdaBertHeadModel, BertForSequenceCl
         problem_type = self.config.problem_type or self._problem_type(logits, labels)
         if problem_type not in PROBLEM_TYPES:
             raise ValueError(f"problem_type={problem_type!r} is unknown; set it to one of {PROBLEM_TYPES}.")
+        if problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type='single_label_classification' (it stays in the config of a trained classifier) needs two "
+                "classes or more, and num_labels=1: set problem_type='regression', or give more labels."
+            )
         if problem_type == "single_label_classification":
             loss = _label_loss(logits, labels, num_items_in_batch)
         else:

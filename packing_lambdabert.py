@@ -8,7 +8,9 @@ similar length, in which little padding is left. Offsets between places are kept
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +40,7 @@ class Padded:
     Attributes:
         token_mask: the mask of the batch.
         attention_mask: the mask of what is computed.
-        groups: the groups of rows that a lambda layer takes; this one alone.
+        groups: the groups of rows that a lambda layer takes; only this one.
         mask: the mask of this group.
         repetitions: its places that hold the same token; None without `token_ids`.
         computed_shape: rows and places of what is computed; None without a mask.
@@ -50,9 +52,20 @@ class Padded:
     def __init__(self, token_mask: torch.Tensor | None, token_ids: torch.Tensor | None = None):
         _check_bool(token_mask)
         self.token_mask = self.attention_mask = self.mask = token_mask
-        self.groups: tuple[Padded, ...] = (self,)
         self.computed_shape: Sequence[int] | None = None if token_mask is None else token_mask.shape
         self.repetitions = None if token_ids is None else Repetitions(token_ids, token_mask)
+
+    @property
+    def groups(self) -> tuple["Padded", ...]:  # as an attribute, a cycle that holds its tensors until it is collected
+        return (self,)
+
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Padded":
+        """The same layout on another device. `accelerate` calls it where a model is spread over several."""
+        moved = copy(self)
+        if self.token_mask is not None:
+            moved.token_mask = moved.attention_mask = moved.mask = self.token_mask.to(device, **kwargs)
+        moved.repetitions = None if self.repetitions is None else self.repetitions.to(device, **kwargs)
+        return moved
 
     def pack(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """[B, N, ...] as it is computed."""
@@ -64,7 +77,10 @@ class Padded:
 
     def unpack(self, computed: torch.Tensor) -> torch.Tensor:
         """[B, N, C] with zeros at padding."""
-        return computed if self.token_mask is None else computed.masked_fill(~self.token_mask[..., None], 0)
+        if self.token_mask is None:
+            return computed
+        padding = ~self.token_mask[..., None].to(computed.device)  # of the last layer, which may be on another
+        return computed.masked_fill(padding, 0)
 
     def pad(self, computed: torch.Tensor) -> torch.Tensor:
         """[B, N, C] as a group of rows."""

@@ -1,5 +1,8 @@
 """Which tokens of a row are the same, for the lambda of a token's other occurrences."""
 
+from copy import copy
+from typing import Any
+
 import torch
 
 try:  # the flat form serves this repository, the relative one a saved model's folder
@@ -56,6 +59,14 @@ class Repetitions:
         else:
             ones = self.occurs.flatten()[:, None].float()
             self.others = self._sum_of_slot(ones) - ones
+
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Repetitions":
+        """The same on another device."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if value is not None:
+                setattr(moved, name, value.to(device, **kwargs))
+        return moved
 
     def mean_of_others(self, given: torch.Tensor) -> torch.Tensor:
         """The mean of [B, N, ...] over the other occurrences of each place's token, in float32 at least while it is

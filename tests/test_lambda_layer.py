@@ -215,7 +215,7 @@ class TestContentGain:
         packing = Packing(mask.bool())
         expected, expected_content = reference_output(layer, config, hidden_states, mask)
         with torch.inference_mode(inference):
-            output, content = layer(packing.pack(hidden_states), packing=packing)
+            output, content = layer(packing.pack(hidden_states), layout=packing)
         torch.testing.assert_close(output, packing.pack(expected), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(content, expected_content, rtol=1e-10, atol=1e-10)
 
@@ -333,7 +333,7 @@ class TestRepetitionLambda:
         mask[3, 4:] = 0
         packing = Packing(mask.bool(), tokens)
         expected, _ = reference_output(layer, config, hidden_states, mask, tokens)
-        output, _ = layer(packing.pack(hidden_states), packing=packing)
+        output, _ = layer(packing.pack(hidden_states), layout=packing)
         torch.testing.assert_close(output, packing.pack(expected), rtol=1e-10, atol=1e-10)
 
     def test_gradcheck(self, make_config):
@@ -357,7 +357,7 @@ class TestRepetitionLambda:
         plain = LambdaLayer(layer_config(make_config, local_context_size=3)).double()
         plain.load_state_dict({n: w for n, w in layer.state_dict().items() if n != "repetition_embeddings"})
         hidden_states, tokens = torch.randn(2, 7, 6, dtype=torch.float64), self.tokens(2, 7)
-        output, _ = layer(hidden_states, packing=Padded(None, tokens))
+        output, _ = layer(hidden_states, layout=Padded(None, tokens))
         torch.testing.assert_close(output, plain(hidden_states)[0], rtol=0, atol=0)
         output.square().sum().backward()
         assert layer.repetition_embeddings.grad.all()
@@ -365,8 +365,8 @@ class TestRepetitionLambda:
     def test_tokens_that_occur_once_have_none(self, make_config):
         _, layer = self.layer(make_config)
         hidden_states = torch.randn(1, 6, 6, dtype=torch.float64)
-        alone, _ = layer(hidden_states, packing=Padded(None, torch.arange(6)[None]))
-        hidden, _ = layer(hidden_states, packing=Padded(None, torch.full((1, 6), -1)))
+        alone, _ = layer(hidden_states, layout=Padded(None, torch.arange(6)[None]))
+        hidden, _ = layer(hidden_states, layout=Padded(None, torch.full((1, 6), -1)))
         torch.testing.assert_close(alone, hidden, rtol=0, atol=0)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -379,7 +379,7 @@ class TestRepetitionLambda:
     def test_a_layout_without_tokens(self, make_config):
         _, layer = self.layer(make_config)
         with pytest.raises(
-            ValueError, match=r"repetition_context_size=3 needs .* packing=Padded\(attention_mask.bool\(\), token_ids"
+            ValueError, match=r"repetition_context_size=3 needs .* layout=Padded\(attention_mask.bool\(\), token_ids"
         ):
             layer(torch.randn(1, 4, 6, dtype=torch.float64))
 
@@ -444,7 +444,7 @@ class TestPacking:
         packing = Packing(mask.bool())
         expected, expected_content = reference_output(layer, config, hidden_states, mask)
         with torch.inference_mode(inference):
-            output, content = layer(packing.pack(hidden_states), packing=packing)
+            output, content = layer(packing.pack(hidden_states), layout=packing)
         torch.testing.assert_close(output, packing.pack(expected), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(content, expected_content, rtol=1e-10, atol=1e-10)
 
@@ -706,7 +706,9 @@ class TestInitialisation:
         )
         with torch.no_grad():
             squares = [layer.train()(torch.randn(1, length, 256), None)[0].square().mean().item() for layer in layers]
+            tables = [layer.relative_embeddings.square().sum().item() for layer in layers]
         assert 0.5 < sum(squares) / len(squares) < 2
+        assert sum(tables) / len(tables) == pytest.approx(1, rel=0.15)
 
     @pytest.mark.parametrize("scope", [25, None])
     def test_table_decays_with_distance(self, make_config, scope):
@@ -983,7 +985,7 @@ class TestWaysOfGpus:
         wanted = [hidden_states, *layer.parameters()]
 
         def gradients():
-            output, _ = layer(hidden_states, packing=Padded(mask.bool(), tokens))
+            output, _ = layer(hidden_states, layout=Padded(mask.bool(), tokens))
             return torch.autograd.grad(output[mask.bool()].square().sum(), wanted)
 
         found = gradients()

@@ -1,5 +1,8 @@
 """Packing: which tokens it keeps, where it puts them, and how it groups rows."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -103,3 +106,15 @@ def test_lay_out(mask, may_pack):
     assert (layout.token_mask is None) == (may_pack and bool(mask.all()))
     assert isinstance(lay_out(torch.zeros_like(mask), may_pack), Padded)
     assert isinstance(lay_out(None, may_pack), Padded)
+
+
+def test_a_layout_is_freed_with_its_last_reference():
+    """Not when Python next looks for cycles: on a GPU it holds matrices [B, N, N]."""
+    layout = Padded(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.long))
+    repetitions = weakref.ref(layout.repetitions)
+    gc.disable()
+    try:
+        del layout
+        assert repetitions() is None
+    finally:
+        gc.enable()

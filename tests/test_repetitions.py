@@ -187,7 +187,7 @@ class TestLayer:
         torch.manual_seed(0)
         states = torch.randn(4, 17, layer.to_keys.in_features, dtype=torch.float64)
         packing = Packing(mask, ids)
-        packed = packing.unpack(layer(packing.pack(states), packing=packing)[0])
+        packed = packing.unpack(layer(packing.pack(states), layout=packing)[0])
         for given in (None, mask):
             padded = layer(states, given, Padded(mask, ids))[0]
             torch.testing.assert_close(padded[mask], packed[mask], rtol=0, atol=1e-12)
@@ -199,14 +199,22 @@ class TestLayer:
         mask[1, 9:] = False
         states = torch.randn(4, 17, layer.to_keys.in_features)
         for packing in (Packing(mask, ids), Padded(mask[:1], ids[:1])):
-            with pytest.raises(ValueError, match=r"hidden_states is \[4, 17, 20\], but packing is of \[1, "):
-                layer(states, packing=packing)
+            with pytest.raises(ValueError, match=r"hidden_states is \[4, 17, 20\], but layout is of \[1, "):
+                layer(states, layout=packing)
 
     def test_a_mask_that_the_layout_lacks(self, make_config):
         layer, ids = LambdaLayer(make_config(repetition_context_size=3)), repetitive_ids()
         states = torch.randn(4, 17, layer.to_keys.in_features)
-        with pytest.raises(ValueError, match="attention_mask: packing has none"):
+        with pytest.raises(ValueError, match="attention_mask: layout has none"):
             layer(states, torch.ones_like(ids), Padded(None, ids))
+
+    def test_a_mask_beside_its_layout(self, make_config):
+        layer, ids = LambdaLayer(make_config(repetition_context_size=3)).double(), repetitive_ids()
+        mask = torch.ones(4, 17, dtype=torch.bool)
+        mask[1, 9:] = False
+        packing = Packing(mask, ids)
+        states = packing.pack(torch.randn(4, 17, layer.to_keys.in_features, dtype=torch.float64))
+        torch.testing.assert_close(layer(states, mask, packing), layer(states, None, packing), rtol=0, atol=0)
 
 
 def test_embeddings_do_not_tell_which_tokens_are_the_same(make_model):

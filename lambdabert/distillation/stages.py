@@ -79,7 +79,7 @@ def attention_alone(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     layers = encoder_layers(model)
     blocks = [layer.get_submodule("attention") for layer in layers]
     for i, layer in enumerate(layers):
-        layer.forward = lambda states, mask=None, packing=None, i=i: blocks[i](given[i], mask, packing)
+        layer.forward = lambda states, mask=None, layout=None, i=i: blocks[i](given[i], mask, layout)
     try:
         yield given
     finally:
