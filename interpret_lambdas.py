@@ -80,7 +80,7 @@ def build_parser() -> Parser:
     )
     command.add_argument("text", nargs="*", help=what)
     command.add_argument("--layers", type=int, nargs="+", help="Layers in a figure, from 0; all if not given.")
-    what = "Attribute the prediction of a masked word, a class, a label or an answer to the tokens of the input."
+    what = "Attribute the prediction of a masked token, a class, a label or an answer to the tokens of the input."
     command = add("explain", run_explain, what, (".html", *FIGURES, ".json"))
     what = (
         "The text, in quotes, with one [MASK] unless the model classifies; for a classifier or pretraining model of "
@@ -107,7 +107,7 @@ def build_parser() -> Parser:
     command.add_argument("tasks", nargs="+", help="Tasks: .tsv files with the columns split, label, text and target.")
     what = "Whether attributions agree with what happens when tokens are masked."
     command = add("faithfulness", run_faithfulness, what, (".json",))
-    command.add_argument("file", help="Sentences, one a line; a word of the first 128 tokens of each is masked.")
+    command.add_argument("file", help="Sentences, one a line; one of the first 128 tokens of each is masked.")
     return parser
 
 
@@ -311,10 +311,10 @@ def run_topics(args: argparse.Namespace) -> None:
         print(f"left out, being the same for all texts: {', '.join(alike)}", file=sys.stderr)
     found = neighbours({name: features[name] for name in features if name not in alike}, topics, args.neighbours)
     if topics is None:
-        print("the nearest text for each, by their numbers; blank lines do not count")
+        print("the nearest text for each, by their numbers from 0; blank lines do not count")
         print_table(
             ("text", *(row.row for row in found)),
-            [(str(i + 1), *(int(row.nearest[i, 0]) + 1 for row in found)) for i in range(len(texts))],
+            [(str(i), *(int(row.nearest[i, 0]) for row in found)) for i in range(len(texts))],
         )
     else:
         print_table(
@@ -341,7 +341,18 @@ def run_probe(args: argparse.Namespace) -> None:
         results[task.name] = rows
         print(task.name)
         print_table(
-            ("row", "accuracy", "from", "to", "selectivity", "bits", "dimension", "at equal dimension", "encoded"),
+            (
+                "row",
+                "accuracy",
+                "from",
+                "to",
+                "selectivity",
+                "bits",
+                "uniform bits",
+                "dimension",
+                "at equal dimension",
+                "encoded",
+            ),
             [
                 (
                     row["row"],
@@ -349,6 +360,7 @@ def run_probe(args: argparse.Namespace) -> None:
                     *row["full"]["interval"],
                     row["full"]["selectivity"],
                     row["full"]["codelength"],
+                    row["full"]["uniform codelength"],
                     row["full"]["dimension"],
                     row["equal dimension"]["accuracy"],
                     {True: "yes", False: "no", None: ""}[row["full"]["encoded"]],
@@ -368,7 +380,7 @@ def run_faithfulness(args: argparse.Namespace) -> None:
     loaded = LoadedModel(args.model)
     if not loaded.predicts_tokens:
         raise ValueError(
-            f"model={args.model} is a {type(loaded.model).__name__}; faithfulness masks words, so give a masked "
+            f"model={args.model} is a {type(loaded.model).__name__}; faithfulness masks tokens, so give a masked "
             "language model."
         )
     longest = min(FAITHFULNESS_TOKENS, loaded.limit or FAITHFULNESS_TOKENS)

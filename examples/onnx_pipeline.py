@@ -33,6 +33,8 @@ if len(sys.argv) != 4:
     sys.exit("error: give a task of pipelines, the folder and a text, as in fill-mask models/mine_onnx 'A [MASK].'")
 task, folder, text = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-answer_to = pipeline(task, model=OnnxModel(folder), tokenizer=tokenizer, device="cpu")  # type: ignore[call-overload]
+# examples.token_classification trains the label of the first piece of a word, and no other
+options = {"aggregation_strategy": "first"} if task in ("token-classification", "ner") else {}
+answer_to = pipeline(task, model=OnnxModel(folder), tokenizer=tokenizer, device="cpu", **options)  # type: ignore[call-overload]
 for answer in answer_to(text):
     print(answer)

@@ -4,7 +4,7 @@
 
 Each row has a question, a context and, as in SQuAD, answers: lists of `text` and `answer_start`, the character at which
 it stands in the context. A long context is read in overlapping stretches. Every question has an answer here: data like
-SQuAD 2.0 is refused.
+SQuAD 2.0 is refused. SQuAD's own JSON files are nested and have no such rows; the data set of the hub has.
 """
 
 import collections
@@ -20,7 +20,17 @@ from datasets import Dataset, DatasetDict
 from scipy.special import log_softmax
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
-from examples.common import Metrics, Options, Training, check_smoothing, parse, read_splits, run, train_and_evaluate
+from examples.common import (
+    Metrics,
+    Options,
+    Training,
+    check_smoothing,
+    parse,
+    read_splits,
+    read_table,
+    run,
+    train_and_evaluate,
+)
 
 COLUMNS = {name: name for name in ("question", "context", "answers")}
 LONGEST_ANSWER = 30  # tokens
@@ -35,11 +45,22 @@ class AnswerOptions(Options):
 SPECIAL_TOKENS = 3  # [CLS] and [SEP] twice
 
 
+def read_flat(file: str) -> Dataset:
+    """Reads a table. Raises ValueError, also if it is nested as SQuAD's own files are."""
+    rows = read_table(file)
+    if "data" in rows.column_names and "question" not in rows.column_names:
+        raise ValueError(
+            f"{file} has no column question, but data, as SQuAD's own nested files have: write one row a question, or "
+            "give --dataset_name rajpurkar/squad in place of files."
+        )
+    return rows
+
+
 def read_questions(options: AnswerOptions) -> DatasetDict:
     """The splits. Raises ValueError if a question has no answer, or an answer is not where it should be."""
     if options.stride < 0:
         raise ValueError(f"stride={options.stride}: give 0 or more tokens.")
-    splits = read_splits(options, COLUMNS)
+    splits = read_splits(options, COLUMNS, read_flat)
     for split, rows in splits.items():
         for question, context, answers in zip(rows["question"], rows["context"], rows["answers"]):
             if not all(isinstance(text, str) and text.strip() for text in (question, context)):

@@ -6,6 +6,7 @@
 Each split is a table with a text and a label column. The result is a folder for `pipeline("text-classification")`.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 
@@ -43,11 +44,23 @@ def place(name: str) -> tuple[bool, float, str]:
         return True, 0.0, name
 
 
+def is_measured(labels: list) -> bool:
+    """Whether labels are floating-point numbers, or all of them are numbers and some not whole ones."""
+    try:
+        numbers = [float(label) for label in labels]
+    except (TypeError, ValueError):
+        return False
+    return any(isinstance(label, float) for label in labels) or any(
+        math.isfinite(number) and not number.is_integer() for number in numbers
+    )
+
+
 def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
     """Labels as numbers with names: those that they have, or the sorted values of the training data.
 
     Raises:
-        ValueError: a row has no label, or another split has a class that the training data lacks.
+        ValueError: a row has no label, labels are measurements, or another split has a class that the training data
+            lacks.
     """
     if isinstance(splits["train"].features[column], ClassLabel):
         return labelled(splits, column)
@@ -58,6 +71,12 @@ def with_class_labels(splits: DatasetDict, column: str) -> DatasetDict:
             raise ValueError(
                 f"label_column={column}: {len(missing)} rows of the {split} data have no label, row {missing[0] + 1} "
                 "the first of them; give them labels or leave them out."
+            )
+        if is_measured(labels := list(rows[column])):
+            shown = next((label for label in labels if not float(label).is_integer()), labels[0])
+            raise ValueError(
+                f"label_column={column} of the {split} data holds {shown}: labels are measurements, and this example "
+                "takes classes; give names or whole numbers."
             )
     names = sorted({str(label) for label in splits["train"][column]}, key=place)
     if len(names) < 2:

@@ -5,7 +5,8 @@
 
 A CoNLL file has a line for each word, which starts with the word and ends with its BIO tag, and a blank line after each
 sentence. JSON files and data sets of the hub have a list of words and one of tags a row. The result is a folder for
-`pipeline("token-classification")`.
+`pipeline("token-classification", aggregation_strategy="first")`: only the first piece of a word is trained to have its
+label, and without that the pipeline prints those of the other pieces too.
 """
 
 import sys

@@ -22,6 +22,7 @@ from transformers import (
     HfArgumentParser,
     pipeline,
 )
+from transformers.trainer_utils import PredictionOutput
 
 from examples import lora, question_answering, sentence_embeddings, text_classification, token_classification
 from examples.common import Training, read_table, run
@@ -69,9 +70,19 @@ def test_text_classification(model, texts, tmp_path):
     output = tmp_path / "result"
     found = text_classification.main([f"--model={model}", f"--output_dir={output}", "--num_train_epochs=6", *texts])
     assert found["test_accuracy"] > 0.9 and written(output, "test") == found
-    classify = pipeline("text-classification", model=str(output), device="cpu")
-    right = [classify(sentence)[0]["label"] == label for sentence, label in labelled(24, 1)]
-    assert np.mean(right) == pytest.approx(found["test_accuracy"])
+    assert accuracy(output, labelled(24, 1)) == pytest.approx(found["test_accuracy"])
+
+
+def accuracy(folder, rows):
+    """Of the classifier in a folder, on texts with their labels."""
+    classify = pipeline("text-classification", model=str(folder), device="cpu")
+    return np.mean([classify(sentence)[0]["label"] == label for sentence, label in rows])
+
+
+def test_accuracy_and_f1_of_a_class_that_is_never_predicted():
+    logits = np.array([[1.0, 0.0]] * 4)
+    found = text_classification.accuracy_and_f1(PredictionOutput(logits, np.array([0, 0, 0, 1]), None))
+    assert found == {"accuracy": 0.75, "macro_f1": pytest.approx(3 / 7)}
 
 
 def test_results_are_of_all_rows_whatever_training_drops(model, texts, tmp_path):
@@ -105,6 +116,21 @@ def test_splits_without_labels_are_left_out():
     splits.pop("validation")
     with pytest.raises(ValueError, match="label_column=label: the test data has no labels"):
         text_classification.labelled(splits, "label")
+
+
+@pytest.mark.parametrize(
+    "labels, shown",
+    [([0.5, 1.0], "0.5"), ([0.0, 1.0], "0.0"), (["1", "2.5"], "2.5"), ([1, 2], None), (["1.0", "2"], None)],
+)
+def test_measurements_are_no_classes(labels, shown):
+    rows = Dataset.from_dict({"score": labels})
+    splits = DatasetDict({"train": rows, "test": rows})
+    if shown is None:
+        names = text_classification.with_class_labels(splits, "score")["train"].features["score"].names
+        assert names == list(map(str, labels))
+        return
+    with pytest.raises(ValueError, match=f"^label_column=score of the train data holds {shown}: labels are measurem"):
+        text_classification.with_class_labels(splits, "score")
 
 
 @pytest.mark.parametrize("without", [None, "", " "])
@@ -248,6 +274,23 @@ def test_best_span_lies_in_the_context_and_is_in_order():
     assert (first, last) == (0, 3)  # 1 + 5; the pair 3 + 5 would end before it starts
 
 
+@pytest.mark.parametrize("apart, allowed", [(29, True), (30, False)])
+def test_best_span_has_thirty_tokens_at_most(apart, allowed):
+    offsets = np.stack([np.arange(40), np.arange(1, 41)], axis=1)
+    starts, ends = np.zeros((2, 40))
+    starts[3] = ends[3 + apart] = 9.0
+    assert (best_span(starts, ends, offsets)[1:] == (3, 4 + apart)) == allowed
+
+
+def test_stretches_compare_by_probability():
+    """One that has no answer may have large logits all the same."""
+    rows = Dataset.from_list([{"context": "a red boat"}])
+    offsets = [[[-1, -1], [0, 1], [2, 5]], [[-1, -1], [2, 5], [6, 10]]]
+    stretches = Dataset.from_list([{"row": 0, "offsets": some} for some in offsets])
+    logits = np.array([[30.0, 5, 0], [0, 0, 3]])
+    assert find_answers(rows, stretches, logits, logits) == ["boat"]
+
+
 def test_answer_scores_are_those_of_squad():
     found = answer_scores(["The red boat!", "a boat", "night"], [["red boat"], ["a red boat", "ship"], ["day"]])
     assert found["exact_match"] == pytest.approx(1 / 3)
@@ -379,6 +422,17 @@ def test_questions_without_their_answer_are_refused(model, tmp_path):
             question_answering.main([*options, f"--train_file={file}", f"--validation_file={file}"])
 
 
+def test_squads_own_nested_file_is_named(model, tmp_path):
+    (row,) = questions(1, 0)
+    answers = [{"text": row["answers"]["text"][0], "answer_start": row["answers"]["answer_start"][0]}]
+    paragraph = {"context": row["context"], "qas": [{"id": "1", "question": row["question"], "answers": answers}]}
+    file = tmp_path / "train-v1.1.json"
+    file.write_text(json.dumps({"data": [{"title": "Fox", "paragraphs": [paragraph]}], "version": "1.1"}))
+    flags = [f"--model={model}", f"--train_file={file}", f"--validation_file={file}", "--max_seq_length=32", *QUICK]
+    with pytest.raises(ValueError, match=r"v1.1.json has no column question, but data.*dataset_name rajpurkar/squad"):
+        question_answering.main([*flags, f"--output_dir={tmp_path / 'result'}"])
+
+
 def test_answers_of_another_shape_and_long_questions_are_refused(model, tmp_path):
     rows = questions(2, 0)
     options = [f"--model={model}", f"--output_dir={tmp_path / 'result'}", *QUICK]
@@ -412,11 +466,12 @@ def test_columns_that_are_not_used_do_not_matter(model, tmp_path):
     """Nor that one file has them and another does not."""
     rows = [("the fox sees", "animal"), ("a sailor", "person")] * 4
     train = write_csv(tmp_path / "train.csv", ["sentence", "kind", "id"], [(*row, "1") for row in rows])
-    test = write_csv(tmp_path / "test.csv", ["source", "sentence", "kind"], [("web", *row) for row in rows])
+    tested = [*rows, ("the fox sees", "person")]
+    test = write_csv(tmp_path / "test.csv", ["source", "sentence", "kind"], [("web", *row) for row in tested])
     columns = ["--text_column=sentence", "--label_column=kind", "--max_seq_length=32", *QUICK]
     files = [f"--train_file={train}", f"--test_file={test}"]
     found = text_classification.main([f"--model={model}", *files, *columns, f"--output_dir={tmp_path / 'result'}"])
-    assert 0 <= found["test_accuracy"] <= 1
+    assert found["test_accuracy"] == pytest.approx(accuracy(tmp_path / "result", tested))
 
 
 def test_texts_tags_and_scores_that_are_missing_are_refused(model, texts, tmp_path):
@@ -556,7 +611,8 @@ def test_a_column_of_row_numbers_without_a_name_is_left_out(model, texts, tmp_pa
     rows = [(i, *row) for i, row in enumerate(labelled(24, 1))]
     write_csv(tmp_path / "test.csv", ["", "sentence", "kind"], rows)
     flags = [f"--model={model}", *texts, f"--output_dir={tmp_path / 'result'}", "--max_steps=1"]
-    assert 0 <= text_classification.main(flags)["test_accuracy"] <= 1
+    found = text_classification.main(flags)
+    assert found["test_accuracy"] == pytest.approx(accuracy(tmp_path / "result", labelled(24, 1)))
 
 
 def test_files_without_rows_and_of_another_encoding_are_named(tmp_path):
@@ -581,7 +637,9 @@ def test_a_model_of_another_problem_becomes_a_classifier(model, texts, tmp_path)
     regression.save_pretrained(tmp_path / "regression")
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "regression")
     flags = [f"--model={tmp_path / 'regression'}", f"--output_dir={tmp_path / 'result'}", "--max_steps=1"]
-    assert 0 <= text_classification.main([*flags, *texts])["test_accuracy"] <= 1
+    text_classification.main([*flags, *texts])
+    config = AutoConfig.from_pretrained(tmp_path / "result")
+    assert (config.problem_type, config.num_labels) == ("single_label_classification", 2)
 
 
 def test_a_data_set_that_cannot_be_read_is_told_in_one_line(model, tmp_path):

@@ -29,6 +29,7 @@ from lambdabert.interpretation import (
     trace_lambdas,
 )
 from lambdabert.interpretation.explanations import Attribution
+from lambdabert.interpretation.intervals import bootstrap_interval
 from lambdabert.interpretation.loading import read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,6 +302,16 @@ class TestTopics:
         for same in (numbers, numbers.numpy(), [*numbers]):
             assert neighbours({"row": rows}, same)[0].same_topic == 1 and chance(same) == chance(topics)
 
+    def test_intervals_draw_topics(self):
+        """Four topics keep to themselves, and of three each text is like one of either other."""
+        rows = torch.eye(7).repeat_interleave(3, 0)
+        topics = [name for name in "abcd" for _ in range(3)] + [*"xyz"] * 3
+        (found,) = neighbours({"row": rows}, topics, count=1)
+        right = torch.tensor([1.0, 1, 1, 1, 0, 0, 0])
+        assert found.same_topic == pytest.approx(4 / 7)
+        assert found.interval == pytest.approx(bootstrap_interval(right))
+        assert found.interval != pytest.approx(bootstrap_interval(right.repeat_interleave(3)))
+
     def test_features_without_neighbours_are_refused(self):
         with pytest.raises(ValueError, match=r"features\['row'\] are the same for all texts"):
             neighbours({"row": torch.ones(4, 2)}, count=1)
@@ -316,6 +327,9 @@ class TestTopics:
         alone = trace_lambdas(model, tokenizer(SENTENCES[1], return_tensors="pt"))
         torch.testing.assert_close(rows["content lambda 1"][1], alone.layers[1].content[0].flatten())
         torch.testing.assert_close(rows["mean hidden state 1"][1], alone.outputs.hidden_states[2][0].mean(0))
+        contents = [layer.content[0].flatten() for layer in alone.layers]
+        both = torch.cat([content / content.norm() for content in contents])
+        torch.testing.assert_close(rows["content lambda, all layers"][1], both)
 
     def test_command(self, interpret, tmp_path):
         (tmp_path / "texts.txt").write_text("\ufeff" + "\n\n".join(SENTENCES), encoding="utf-8")
@@ -325,6 +339,8 @@ class TestTopics:
         found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
         assert status == 0 and found["texts"] == SENTENCES and len(found["rows"]) == 5
         assert [len(row["nearest"][0]) for row in found["rows"]] == [2] * 5 and len(out.splitlines()) == 2 + 4 + 1
+        shown = [list(map(int, line.split())) for line in out.splitlines()[2:6]]
+        assert shown == [[i, *(row["nearest"][i][0] for row in found["rows"])] for i in range(4)]
         status, out, errors = interpret("topics", "texts.tsv", "--neighbours", "1")
         assert status == 0 and re.search(r"chance +0\.333", out)
         assert "the intervals rest on 2 topics; fewer than 20 are too few" in errors
@@ -367,9 +383,34 @@ class TestProbe:
         # nothing is above what the words say
         assert {row["full"]["encoded"] for row in rows} == {False, None}
         assert all(name in out for name in expected)
+        assert re.search(r"bits +uniform bits +dim", out)
+        codes = by_name["length"]["full"]
+        assert f"{codes['codelength']:.3f}  " in out and re.search(rf" +{codes['uniform codelength']:.3f} +1 ", out)
 
 
 class TestTasks:
+    @pytest.mark.parametrize(
+        "row, message",
+        [
+            (("train", " ", "the fox", "fox"), "line 4 has no label; give it one"),
+            (("train", "1", "the fox", ""), 'line 4 has no target; write "_" where none is known'),
+        ],
+    )
+    def test_blank_cells_are_no_classes_or_groups(self, tmp_path, row, message):
+        write_task(tmp_path / "a.tsv", [("train", "0", "a fox", "fox"), ("train", "1", "a dog", "_"), row])
+        with pytest.raises(ValueError, match=f"task=.*a.tsv, {message}"):
+            read_task(tmp_path / "a.tsv")
+
+    def test_texts_of_train_in_other_splits_are_told(self, tmp_path, caplog):
+        rows = [("test", "a", "the dog"), ("train", "a", "the fox"), ("train", "b", "the dog"), ("dev", "b", "the fox")]
+        write_task(tmp_path / "a.tsv", [*rows, ("train", "b", "the dog")], "split\tlabel\ttext")
+        read_task(tmp_path / "a.tsv")
+        assert "2 texts of dev and test occur in train as well, the first in line 2" in caplog.text
+        caplog.clear()
+        write_task(tmp_path / "a.tsv", [*rows[1:3], ("test", "b", "a fox"), rows[1]], "split\tlabel\ttext")
+        read_task(tmp_path / "a.tsv")
+        assert not caplog.text
+
     def test_a_byte_order_mark_is_no_part_of_a_column(self, tmp_path):
         write_task(tmp_path / "a.tsv", [("train", label, "the fox", "fox") for label in "01"])
         plain = read_task(tmp_path / "a.tsv")
@@ -480,7 +521,7 @@ class TestRefusals:
             assert interpret_lambdas.main(["map", "the fox", "--model", str(model), "--output", "b.html"]) == 1
             errors = capsys.readouterr().err
             assert errors.startswith("error: ") and len(errors.splitlines()) == 1 and message in errors
-        assert "faithfulness masks words" in interpret("faithfulness", self.texts(tmp_path), kind="Model")[2]
+        assert "faithfulness masks tokens" in interpret("faithfulness", self.texts(tmp_path), kind="Model")[2]
         assert "`map` shows any model" in interpret("explain", "the fox", kind="Model")[2]
         arguments = ("explain", "the fox", "--target", "black")
         assert "give one of red, green, blue" in interpret(*arguments, kind="ForSequenceClassification")[2]
@@ -593,6 +634,8 @@ class TestDocuments:
     def test_snippets(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+        lines = ["tr\tPRES\tThe fox sees", "tr\tPAST\tThe dog saw", "va\tPAST\tIt trod", "te\tPRES\tIt trots"]
+        (tmp_path / "past_present.txt").write_text("\n".join(lines) + "\n")
         names = {}
         page = (ROOT / "docs" / "interpretation.md").read_text(encoding="utf-8")
         for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
@@ -603,6 +646,25 @@ class TestDocuments:
         found = names["found"]
         assert (found.tokens.sum() + found.bias).item() == pytest.approx(found.logit.item(), abs=1e-3)
         assert (names["outputs"].lambda_params is None) and Path("page.html").exists()
+        task = read_task("tense.tsv")
+        assert task.splits == ["train", "train", "dev", "test"] and task.labels == ["PRES", "PAST", "PAST", "PRES"]
+        assert task.texts == [line.split("\t")[2] for line in lines]
+
+    def test_outputs(self):
+        page = (ROOT / "docs" / "interpretation.md").read_text(encoding="utf-8")
+        told = dict(re.findall(r"^\| `(\w+)` \| .* \| (`\..*`) \|$", page, flags=re.MULTILINE))
+        assert set(told) == {"map", "explain", "swap", "topics", "probe", "faithfulness"}
+        for command, ends in told.items():
+            (taken,) = re.findall(r"\w+ writes (.*);", self.refusal(command))
+            assert taken == ends.replace("`", "")
+
+    @staticmethod
+    def refusal(command):
+        needed = {"map": ["text"], "explain": ["text"], "swap": ["a", "b"]}.get(command, ["file.tsv"])
+        args = interpret_lambdas.build_parser().parse_args([command, *needed, "--model", "m", "--output", "a.pdf"])
+        with pytest.raises(ValueError) as raised:
+            interpret_lambdas.check_outputs(args)
+        return str(raised.value)
 
     def test_commands(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)

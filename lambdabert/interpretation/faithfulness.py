@@ -133,7 +133,10 @@ def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def masked_examples(tokenizer: Any, texts: Iterable[str], max_length: int = 128, seed: int = 0) -> list[Example]:
-    """One example from each text: a word of it masked at random, to be predicted by a masked language model.
+    """One example from each text: a token of it masked at random, to be predicted by a masked language model.
+
+    Any token but the special ones may be drawn, a piece of a word or a punctuation mark too; the other pieces of its
+    word stay visible.
 
     Args:
         tokenizer: with a [MASK].
@@ -188,7 +191,7 @@ def faithfulness(
     if not methods:
         raise ValueError("methods={}: there is nothing to measure; give one or more, or None for all.")
     if not examples:
-        raise ValueError("examples=[]: there is nothing to measure; give texts of 4 words or more.")
+        raise ValueError("examples=[]: there is nothing to measure; give texts of 4 tokens or more.")
     for number, example in enumerate(examples):
         if (rows := len(example.inputs["input_ids"])) != 1:
             raise ValueError(f"examples[{number}] has {rows} rows; give one text each.")

@@ -65,21 +65,30 @@ def model_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], see
 
 @torch.no_grad()
 def random_rows(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Rows of three models with random weights and the same config, but without a gain.
+    """Rows of three models with random weights and the same config.
 
     "random model j, mean hidden state i", "random model j, content lambda i" and "random model j, content lambda, all
-    layers"; layers and models count from 0. Their repetition lambdas are 0, as in any model that is not trained.
+    layers"; layers and models count from 0. A gain and repetition lambdas are 0 in a model that is not trained; content
+    lambdas, which would be 0 with the gain, are those of the same weights without one.
 
     Args, raises: as in `feature_rows`.
     """
     encoder: Any = model.base_model
     add = _Rows()
     rows = _in_rows(encoder, batches)
-    for number, other in enumerate(_random_models(encoder, seed)):
+    without_gain = deepcopy(encoder.config)
+    without_gain.content_gain = False
+    for number in range(RANDOM_MODELS):
+        other = of_content = _random_model(encoder, encoder.config, seed + number)
+        if getattr(encoder.config, "content_gain", False):  # the code of an older saved folder has none
+            of_content = _random_model(encoder, without_gain, seed + number)
         for inputs in tqdm(rows, unit="batch", desc=f"random model {number}"):
             outputs: Any = other(**inputs, output_lambda_params=True, output_hidden_states=True)
+            contents = outputs.lambda_params
+            if of_content is not other:
+                contents = of_content(**inputs, output_lambda_params=True).lambda_params
             mask = inputs["attention_mask"].bool()
-            add.by_layer(f"random model {number}, ", outputs.lambda_params, outputs.hidden_states, mask)
+            add.by_layer(f"random model {number}, ", contents, outputs.hidden_states, mask)
     return add.found()
 
 
@@ -136,10 +145,8 @@ def _random_keys(layers: list[Any], seed: int) -> list[torch.Tensor]:
     ]
 
 
-def _random_models(encoder: Any, seed: int) -> Iterable[PreTrainedModel]:
-    config = deepcopy(encoder.config)
-    config.content_gain = False  # one that is not trained is 0, and so would be the content lambdas
-    for number in range(RANDOM_MODELS):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + number)
-            yield type(encoder)(config).to(device=encoder.device, dtype=encoder.dtype).eval()
+def _random_model(encoder: Any, config: Any, seed: int) -> PreTrainedModel:
+    """An encoder of the same class with that config; one seed gives the same weights with and without a gain."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(encoder)(config).to(device=encoder.device, dtype=encoder.dtype).eval()

@@ -59,7 +59,8 @@ class TokenShares:
         contributions: [B, M, K, V]; their sum over M is the content lambda.
         shares: [B, M, K], the part of each contribution along the content lambda of its key channel, in units of its
             length; their sum over M is 1 (0 where the content lambda is 0). May be negative.
-        left_out: [B, M, K, V], the content lambda without the token: what the layer computes with the token masked.
+        left_out: [B, M, K, V], the content lambda with the place left out of the layer's keys. The layer's input is
+            unchanged: what earlier layers mixed of the token into other places stays.
     """
 
     contributions: torch.Tensor

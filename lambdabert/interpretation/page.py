@@ -115,9 +115,9 @@ def page_data(
     Returns:
         For each layer, packed by `pack`: "queries" [N, H, K], "keys" [N, K, U], "embeddings" [R, K, U] with the offset
         0 in the middle, "shares" [N, K] of `token_shares`, and "left_out" [N, K], by how much of its length a key
-        channel of the content lambda changes when the token is masked. Where there is a repetition lambda, also its
-        "repetition_embeddings" [R', K, U]; and, of the text, "same", numbers that are the same for the same token, -1
-        for one like no other.
+        channel of the content lambda changes when the place is left out of the layer's keys. Where there is a
+        repetition lambda, also its "repetition_embeddings" [R', K, U]; and, of the text, "same", numbers that are the
+        same for the same token, -1 for one like no other.
 
     Raises:
         ValueError: as in `save_html`.

@@ -48,14 +48,15 @@ class ProbeResult:
         accuracy: on test, mean over seeds.
         interval: of the accuracy, 95 %, bootstrap over groups of test examples.
         accuracies: of every seed.
-        strength: inverse of the L2 penalty, chosen on dev.
+        strength: inverse of the L2 penalty, chosen on dev; of the first seed where splits are drawn.
         dev_bits: for the labels of dev, of the first seed; what a layer may be chosen by.
         majority: accuracy on test of the commonest label of train, mean over seeds.
         dimension: of the features that the probe sees.
         control_accuracy: on the control task, a random label for each group; None without groups.
         selectivity: accuracy less control accuracy; None without groups.
-        codelength: bits for the labels of train, given the features, by the online code; of the first seed.
-        uniform_codelength: bits without the features.
+        codelength: bits for the labels that the first seed trains on, given the features, by the online code. Where
+            splits are given, these are 90 % of train.
+        uniform_codelength: bits for the same labels without the features.
         correct: [seeds x test examples], 0 or 1.
         clusters: [seeds x test examples], the group that each belongs to.
     """
@@ -95,7 +96,8 @@ def probe(
         groups: [S], what may not be learnt by heart: the word that decides the label, or the article. Drawn splits
             keep each group together, a control task gives each group a random label and spreads its members over
             train and test, and intervals draw groups. None = each example for itself, and no control task.
-        splits: [S] of "train", "dev" and "test"; each seed then trains on 90 % of train. None = drawn by each seed.
+        splits: [S] of "train", "dev" and "test"; each seed then trains on 90 % of train, with the strength that the
+            first chose. None = drawn by each seed, which then chooses its own strength.
         dimension: principal components of train that replace the features, where there are more features. None = all.
 
     Raises:
@@ -145,8 +147,9 @@ def probe(
     for seed, (train, dev, test) in enumerate(parts):
         if seed == 0 or splits is None:  # given splits have one train, of which the seeds leave out different parts
             prepared = _prepare(table, train if splits is None else np.asarray(splits) == "train", dimension)
+            strength, bits = _best_strength(prepared[train], classes[train], prepared[dev], classes[dev])
         if seed == 0:
-            strength, dev_bits = _best_strength(prepared[train], classes[train], prepared[dev], classes[dev])
+            first_strength, dev_bits = strength, bits
             codelength = _codelength(prepared[train], classes[train], len(names), strength)
             uniform_codelength = len(train) * math.log2(len(names))
             whole = prepared
@@ -163,7 +166,7 @@ def probe(
         accuracy=accuracy,
         interval=bootstrap_interval(correct, clusters),
         accuracies=accuracies,
-        strength=strength,
+        strength=first_strength,
         dev_bits=dev_bits,
         majority=float(np.mean(found["majority"])),
         dimension=whole.shape[1],
@@ -266,6 +269,8 @@ def _prepare(table: Any, train: np.ndarray, dimension: int | None) -> Any:
     if not isinstance(table, np.ndarray):
         occurring = table[train].count_nonzero(axis=0) > 0
         variances = StandardScaler(with_mean=False).fit(table[train]).var_
+        if not variances[occurring].any():  # as where all texts have the same words, in other orders
+            return np.zeros((table.shape[0], 1), dtype=np.float32)
         table = table / np.sqrt(variances[occurring].mean(), dtype=np.float32)
         if dimension is None or dimension >= min(table.shape):
             return table  # the intercept has no penalty, so that a mean left in changes nothing but the intercept

@@ -19,7 +19,8 @@ class SwapEffect:
 
     Attributes:
         layer: None = all.
-        cosine: between the two texts' content lambdas; None for all layers.
+        cosine: between the two texts' content lambdas; None for all layers. Most of a content lambda is common to all
+            texts, and nothing is taken off here, so it is high for any two: compare it between pairs, not with 0.
         hidden_states: length of the change of the last hidden states over their own, mean over tokens.
         divergence: of the predictions after from those before, Kullback-Leibler, nats, mean over the predictions;
             None without a head that classifies.

@@ -1,5 +1,6 @@
 """Probing tasks in files, and every row of comparison for one."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from .features import feature_rows
 from .loading import LoadedModel
 from .probes import SPLITS, ProbeResult, is_encoded, probe
 from .tables import read_columns
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("split", "label", "text")
 NO_TARGET = "_"
@@ -39,8 +42,10 @@ class Task:
 def read_task(file: str | Path) -> Task:
     """Reads a task: tab-separated, with a header that names split, label, text and, where known, target.
 
+    Logs a warning where dev or test repeat texts of train.
+
     Raises:
-        ValueError: another shape; an unknown split; an empty file.
+        ValueError: another shape; an unknown split; a label or a target that is blank; an empty file.
     """
     file = Path(file)
     columns, lines = read_columns(file, f"task={file}")
@@ -49,9 +54,15 @@ def read_task(file: str | Path) -> Task:
             f"task={file} lacks the column {missing[0]}: its first line must name split, label, text and, where known, "
             "target, separated by tabs."
         )
-    for number, split in zip(lines, columns["split"], strict=True):
+    targets = columns.get("target", [])
+    for number, split, label in zip(lines, columns["split"], columns["label"], strict=True):
         if split not in SPLITS:
             raise ValueError(f"task={file}, line {number}: split={split!r} is unknown; give {', '.join(SPLITS)}.")
+        if not label.strip():
+            raise ValueError(f"task={file}, line {number} has no label; give it one, or leave it out.")
+    for number, target in zip(lines, targets):
+        if not target.strip():
+            raise ValueError(f'task={file}, line {number} has no target; write "{NO_TARGET}" where none is known.')
     if not columns["text"]:
         raise ValueError(f"task={file} holds no example; add lines below the header.")
     if len(classes := set(columns["label"])) < 2:
@@ -63,7 +74,16 @@ def read_task(file: str | Path) -> Task:
                 f"task={file}, line {number}: label={label!r} of {split} does not occur in train, so that no probe can "
                 "learn it; put examples of it there, or correct it."
             )
-    targets = columns.get("target", [])
+    seen = {text for text, split in zip(columns["text"], columns["split"]) if split == "train"}
+    held_out = zip(lines, columns["text"], columns["split"], strict=True)
+    if repeated := [number for number, text, split in held_out if split != "train" and text in seen]:
+        logger.warning(
+            "task=%s: %d texts of dev and test occur in train as well, the first in line %d; a probe may know their "
+            "labels by heart.",
+            file,
+            len(repeated),
+            repeated[0],
+        )
     groups = None if not targets or NO_TARGET in targets else _with_common_names(targets, f"task={file}")
     return Task(file.stem, columns["text"], columns["label"], columns["split"], groups)
 

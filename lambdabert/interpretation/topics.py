@@ -20,7 +20,7 @@ class Neighbours:
 
     Attributes:
         row: the features: "content lambda i", "content lambda, all layers" or "mean hidden state i".
-        nearest: int [S, T], the texts nearest to each, nearest first.
+        nearest: int [S, T], the texts nearest to each, nearest first; texts count from 0.
         cosines: [S, T]
         same_topic: share of the texts whose nearest neighbour has their topic; None without topics.
         interval: of that, 95 %, bootstrap over topics.

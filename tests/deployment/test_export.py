@@ -162,6 +162,19 @@ def test_int8_computes_nearly_what_the_model_does(make_config, make_inputs, tmp_
     assert [file.name for file in (tmp_path / "int8").glob("*.onnx*")] == ["model.onnx"]
 
 
+def test_int8_depends_slightly_on_the_batch(make_config, make_inputs, tmp_path):
+    """Its scales are those of whole batches, padding included."""
+    sizes = dict(hidden_size=64, intermediate_size=256, num_lambda_queries=4, vocab_size=300)
+    model = save_model(tmp_path / "model", make_config, "LambdaBertModel", 5, "none", **sizes)
+    done = export_model(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
+    inputs = make_inputs(type(model), model.config, 4, 40)
+    inputs["attention_mask"][0, 12:] = 0
+    together = run_session(session, inputs)["last_hidden_state"][0, :12]
+    alone = run_session(session, {name: value[:1, :12] for name, value in inputs.items()})["last_hidden_state"][0]
+    assert 1e-5 < np.linalg.norm(together - alone) / np.linalg.norm(alone) < 0.05
+
+
 def test_a_repetition_lambda_moves_whole_rows(make_config, tmp_path):
     """Only the token ids go number by number: of values, that takes onnxruntime 25 times as long."""
     fields = dict(repetition_context_size=3, mask_token_id=4)
@@ -515,6 +528,28 @@ def test_example_runs_a_pipeline(make_config, tmp_path, name):
     found = [eval(line) for line in done.stdout.splitlines()]
     assert [answer["token"] for answer in found] == logits.topk(5).indices.tolist()
     assert found[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
+
+
+def test_example_labels_words_by_their_first_pieces(make_config, tmp_path):
+    model = save_model(tmp_path / "model", make_config, "LambdaBertForTokenClassification", 5, "none")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
+    BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "onnx")
+    text = "abc hd fge"
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.onnx_pipeline", "token-classification", tmp_path / "onnx", text],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    words = [eval(line, {"np": np}) for line in done.stdout.splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    with torch.no_grad():
+        labels = model(**tokenizer(text, return_tensors="pt")).logits[0].argmax(-1).tolist()
+    of_words = {word: model.config.id2label[labels[place]] for word, place in (("abc", 1), ("hd", 4), ("fge", 6))}
+    found = {word: entity["entity_group"] for entity in words for word in entity["word"].split()}
+    assert len(set(labels[1:-1])) > 1 and found == of_words
 
 
 def test_a_link_to_an_empty_folder_is_written_and_the_current_folder_is_not(make_config, tmp_path, monkeypatch, capsys):

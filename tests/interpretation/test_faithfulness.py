@@ -123,6 +123,16 @@ def test_masked_examples(text):
         assert len(example.candidates) == sum(int(i) not in special for i in ids)
 
 
+def test_masks_are_drawn_by_the_seed(text):
+    tokenizer = AutoTokenizer.from_pretrained(text / "tokenizer")
+    sentence = (text / "valid.txt").read_text().split("\n")[0]
+    first, again, other = (
+        [example.place for example in masked_examples(tokenizer, [sentence] * 20, seed=seed)] for seed in (0, 0, 1)
+    )
+    assert len(first) == 20 and len(set(first)) > 3
+    assert first == again != other
+
+
 def test_refusals(make_model, make_inputs, text):
     model = make_model()
     with pytest.raises(ValueError, match=r"examples=\[\]"):

@@ -177,6 +177,24 @@ def test_figures_have_the_parts_of_the_model(make_model, holey, repetition):
         assert labels == [f"layer 1, {part}" for part in ["content", "position", *parts]]
 
 
+def test_a_figure_has_each_cell_at_its_place(make_model, holey):
+    """Outputs from top to bottom, values from left to right."""
+    pytest.importorskip("matplotlib")
+    model = make_model()
+    trace = trace_lambdas(model, holey(model))
+    kept = trace.token_mask[1].nonzero()[:, 0]
+    expected = attention(trace, 1, "content")[1, 0].sum(-1)[kept][:, kept].float()
+    (cells,) = draw_maps(trace, ["word"] * 9, layers=[1], row=1).axes[0].collections
+    found = torch.full_like(expected, torch.nan)
+    for path, value in zip(cells.get_paths(), cells.get_array(), strict=True):
+        x, y = path.vertices[:4].mean(0)
+        found[round(y), round(x)] = float(value)
+    drawn = ~found.isnan()
+    scaled = expected / expected.abs().max()
+    torch.testing.assert_close(found[drawn], scaled[drawn])
+    assert drawn.sum() > 20 and (scaled[~drawn].abs() < 0.01).all()
+
+
 def test_figures_that_cannot_be_drawn(make_model, holey):
     pytest.importorskip("matplotlib")
     model = make_model()

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lambdabert.interpretation import difference, feature_rows, is_encoded, probe, probes, trace_lambdas
+from lambdabert.interpretation.features import _random_keys
 from lambdabert.interpretation.intervals import bootstrap_interval
 from lambdabert.interpretation.tasks import summary
 
@@ -100,6 +101,27 @@ class TestProbe:
         chosen = probe(features, labels, splits=splits).strength
         flipped = np.where(splits == "dev", 1 - labels, labels)
         assert probe(features, flipped, splits=splits).strength != chosen
+
+    def test_each_drawn_split_chooses_its_own_strength(self, separable, monkeypatch):
+        """That of another may have been chosen on its test examples."""
+        noise, labels = separable[0][:, 1:], separable[1]
+        strengths = (1e-4, 1.0, 1e-2)
+        left = iter(strengths)
+        monkeypatch.setattr(probes, "_best_strength", lambda *_: (next(left), 0.0))
+        found = probe(noise, labels)
+        expected = []
+        for seed, strength in enumerate(strengths):
+            train, _, test = probes._parts(np.arange(200), None, np.unique(labels, return_inverse=True)[1], seed)
+            plain = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-8, max_iter=10000))
+            expected.append(plain.fit(noise[train], labels[train]).predict(noise[test]) == labels[test])
+        assert found.correct.tolist() == np.concatenate(expected).tolist() and found.strength == 1e-4
+
+    def test_the_same_words_in_all_texts_tell_nothing(self):
+        labels = np.arange(60) % 2
+        counts = np.tile([1, 0, 2, 1], (60, 1))
+        for dimension in (None, 2):
+            found = probe(counts, labels, splits=np.repeat(["train", "dev", "test"], 20), dimension=dimension)
+            assert found.accuracy == 0.5 and found.dimension == 1
 
     def test_groups_stay_together(self):
         generator = np.random.default_rng(0)
@@ -275,6 +297,35 @@ class TestFeatures:
         assert torch.equal(torch.get_rng_state(), state)
         names = [f"random model {number}, content lambda, all layers" for number in range(3)]
         assert len({rows[name].sum().item() for name in names}) == 3
+
+    def test_random_models_have_the_config_and_content_lambdas_without_the_gain(self, make_model, holey):
+        model = make_model(content_gain=True)
+        inputs = holey(model)
+        rows = feature_rows(model, [inputs])
+        mask, traces = inputs["attention_mask"].bool(), {}
+        for gain in (True, False):
+            config = model.config.__class__(**{**model.config.to_dict(), "content_gain": gain})
+            torch.manual_seed(1)
+            traces[gain] = trace_lambdas(type(model.base_model)(config).double().eval(), inputs)
+        for i in range(2):
+            states = traces[True].outputs.hidden_states[i + 1]
+            expected = torch.stack([row[kept].mean(0) for row, kept in zip(states, mask)]).float()
+            torch.testing.assert_close(rows[f"random model 1, mean hidden state {i}"], expected)
+            expected = traces[False].layers[i].content.flatten(1).float()
+            torch.testing.assert_close(rows[f"random model 1, content lambda {i}"], expected)
+            assert expected.any() and not traces[True].layers[i].content.any()
+
+    def test_random_keys_are_as_large_as_the_learned_ones(self, make_model):
+        model = make_model(hidden_size=96, key_depth=16)
+        layers = [block.attention.self for block in model.bert.encoder.layer]
+        with torch.no_grad():
+            layers[1].to_keys.weight.mul_(3)
+        found, again, other = (_random_keys(layers, seed) for seed in (0, 0, 1))
+        for layer, keys in zip(layers, found, strict=True):
+            assert keys.std().item() == pytest.approx(layer.to_keys.weight.std().item(), rel=0.05)
+            assert keys.shape == layer.to_keys.weight.shape
+        assert torch.corrcoef(torch.stack([keys.flatten() for keys in found]))[0, 1].abs() < 0.2
+        assert all(map(torch.equal, found, again)) and not any(map(torch.equal, found, other))
 
     def test_random_keys_are_read_under_the_gain(self, make_model, holey):
         model = make_model(content_gain=True)
