@@ -143,7 +143,7 @@ class Positions:
     def summary(self) -> dict[str, Any]:
         squares = self.embeddings.square().sum((1, 2))
         centre = len(squares) // 2
-        within = {str(w): (squares[centre - w : centre + w + 1].sum() / squares.sum()).item() for w in WITHIN}
+        within = {str(w): (squares[max(0, centre - w) : centre + w + 1].sum() / squares.sum()).item() for w in WITHIN}
         return {
             "mean weight by query and offset": (self.maps / self.tokens).tolist(),
             "part of E's square within offsets": within,
@@ -191,14 +191,19 @@ def draw_positions(layers: list[Positions], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.channels", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     parser.add_argument("sentences", type=Path, help="CoNLL-U file")
     parser.add_argument("--model", required=True, help="folder of a LambdaBERT with its tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
     with one_line_errors():
         sentences = read_sentences(options.sentences)
         loaded = LoadedModel(options.model)

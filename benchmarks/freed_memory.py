@@ -96,8 +96,7 @@ def table(results: list[Result]) -> str:
     return markdown_table(head, lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.freed_memory", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -110,7 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=4, help="timed in each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
     with one_line_errors():
         for row in options.rows:
             if missing := [part for part in options.parts if not runs(row, part)]:

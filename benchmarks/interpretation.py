@@ -131,8 +131,7 @@ def _losses(model: Any, masked: torch.Tensor, ids: torch.Tensor, chosen: torch.T
     return torch.stack(losses)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.interpretation", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -148,7 +147,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--texts", required=True, help="Parquet file with a column of articles, text.")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--output", type=Path, required=True, help="JSON file for the results.")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    args = parse_command(argv)
     arguments = {name: value for name, value in vars(args).items() if name not in ("measure", "output")}
     taken_with = environment()  # before the code that runs can change
     with one_line_errors():

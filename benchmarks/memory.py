@@ -232,8 +232,7 @@ def draw(best: dict[str, dict[str, list[float]]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -241,7 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
     record: dict[str, Any] = {"steps": STEPS, "accuracy": {}, "best": {}}
     if options.output.exists():
         record = json.loads(options.output.read_text(encoding="utf-8"))

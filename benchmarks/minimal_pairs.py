@@ -12,8 +12,9 @@ arXiv 1910.14659). With the content lambdas of all layers
 - `swapped`: those of another sentence, the good one of a pair of another paradigm, the same for both of a pair;
 - `zero`: left out.
 
-A masked language model of another architecture is judged intact alone. Intervals are bootstraps over pairs for a
-phenomenon, over paradigms for all of them.
+A masked language model of another architecture is judged intact alone. `right` holds a digit for each pair of a
+paradigm, 1 where it is right: two models that judge the same file with the same `--seed` and `--per_paradigm` can be
+compared pair by pair. Intervals are bootstraps over pairs for a phenomenon, over paradigms for all of them.
 """
 
 import argparse
@@ -154,7 +155,19 @@ def summarise(right: dict[str, torch.Tensor], chosen: torch.Tensor, groups: torc
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def digits(right: dict[str, torch.Tensor], pairs: Sequence[Pair]) -> dict[str, dict[str, str]]:
+    """For each condition and paradigm a digit for each pair, in the order of `pairs`."""
+    paradigms = sorted({pair["paradigm"] for pair in pairs})
+    return {
+        condition: {
+            paradigm: "".join(str(int(one)) for one, pair in zip(found, pairs) if pair["paradigm"] == paradigm)
+            for paradigm in paradigms
+        }
+        for condition, found in right.items()
+    }
+
+
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.minimal_pairs", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -163,7 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--per_paradigm", type=int, default=20, help="pairs of each paradigm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
     with one_line_errors():
         pairs = draw_pairs(options.pairs, options.per_paradigm, options.seed)
         model, tokenizer = load(options.model)
@@ -175,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for term in sorted({pair["term"] for pair in pairs}):
         results[term] = summarise(right, torch.tensor([pair["term"] == term for pair in pairs]), None)
     arguments = {name: str(value) for name, value in vars(options).items() if name != "output"}
-    write_json(options.output, {"arguments": arguments, "phenomena": results, "environment": taken_with})
+    record = {"arguments": arguments, "phenomena": results, "right": digits(right, pairs), "environment": taken_with}
+    write_json(options.output, record)
     for name, found in results.items():
         shown = "  ".join(f"{condition} {found[condition]['accuracy']:.3f}" for condition in right)
         print(f"{name:28}{found['pairs']:6}  {shown}")

@@ -1,8 +1,9 @@
 """New encoders of the same width, depth and feed-forward parameters as a LambdaBERT, to be trained beside it.
 
-Each keeps the start, norms and activation of its own library class, and ModernBERT its local attention: of every three
-layers, two see 64 tokens to either side. All have the LambdaBERT's vocabulary and dropout, and heads of 64 numbers, as
-the published base models have; but for ConvBERT, whose attending heads have 32 here.
+Each keeps the initialization, norms and activation of its own library class, and ModernBERT its local attention: of
+every three layers, two see 64 tokens to either side. All have the LambdaBERT's vocabulary, dropout and
+`initializer_range`, and heads of 64 numbers, as the published base models have; but for ConvBERT, whose attending heads
+have 32 here.
 """
 
 from collections.abc import Callable
@@ -111,10 +112,25 @@ class NextSentenceBert(BertForPreTraining):
         )
 
 
+# the fields of a config that all encoders share
+SHARED = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id"),
+    "initializer_range",
+)
+# those of a BERT that follow from others of a LambdaBERT's, or say nothing of the model
+NOT_TAKEN = {"num_attention_heads", "attention_probs_dropout_prob", "model_type", "architectures", "auto_map"}
+
+
+def used_fields(architecture: str) -> set[str]:
+    """The fields of a LambdaBERT's config that decide a peer's."""
+    if architecture == "bert":
+        return set(BertConfig().to_dict()) - NOT_TAKEN
+    return {*SHARED, "hidden_dropout_prob", "intermediate_size"}
+
+
 def shape(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that all encoders share."""
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in SHARED}
 
 
 def dropouts(config: PreTrainedConfig) -> dict[str, float]:
@@ -128,7 +144,7 @@ def heads(config: PreTrainedConfig) -> int:
 
 def bert_config(config: PreTrainedConfig) -> BertConfig:
     """The config of a BERT: all fields that it shares with a LambdaBERT's."""
-    own = set(BertConfig().to_dict()) - {"model_type", "architectures", "auto_map"}
+    own = used_fields("bert")
     fields = {name: value for name, value in config.to_dict().items() if name in own}
     return BertConfig(**fields | dropouts(config) | {"num_attention_heads": heads(config)})
 

@@ -206,7 +206,7 @@ def recorded(output: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.probing", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -216,7 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, nargs=3, default=MOST, help="most examples of train, dev and test")
     parser.add_argument("--seed", type=int, default=0, help="of the examples drawn")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
     with one_line_errors():
         loaded = LoadedModel(options.model)
         bert = None

@@ -8,24 +8,25 @@ order of the data, optimizer, batch), and `models` to one entry each:
     "LambdaBERT": {"architecture": "lambdabert", "config": {...}, "learning_rates": [5e-4, 1e-3], "max_steps": 400}
 
 `architecture` is "lambdabert", or one of the encoders of `peers.py`: "bert", "modernbert", "convbert", "fnet", of the
-same width, depth, feed-forward parameters, vocabulary and dropout; `variant` names a change of `lambda_variants.py`;
-`options` are further options of the command for this model. `seeds` lists the seeds; an entry may have its own. Each
-learning rate is tried with the first seed, and the one with the lowest final validation MLM loss is run with the
-others. A seed decides the initial weights, the order of the data and the training masks; the masks of validation and
-test text stay the same. The test text (`test_file`) is evaluated once, at the end of a run, and shown for the runs of
-the best rate only.
+same width, depth, feed-forward parameters, vocabulary and dropout, whose `config` may set only what they share with
+LambdaBERT. `variant` names a change of `lambda_variants.py`; `options` are further options of the command for this
+model. `seeds` lists the seeds; an entry may have its own. Each learning rate is tried with the first seed, and the one
+with the lowest final validation MLM loss is run with the others. A seed decides the initial weights, the order of the
+data and the training masks; the masks of validation and test text stay the same. The test text (`test_file`) is
+evaluated once, at the end of a run, and shown for the runs of the best rate only.
 
 A recipe whose options name a `model_name_or_path` goes on from that model instead of a new one.
 
-Each finished run is kept in the output folder and not run again, and so is a tokenizer that the recipe trains; one that
-was interrupted goes on from its last evaluation. Times
-are medians of training steps, all models taking turns once they are trained; they are taken again only when the
-summary covers other models than before. So a folder of finished runs gives its tables and plots again without text.
-Nothing is trained or timed unless the tests of the lambda layer pass.
+Each finished run is kept in the output folder and not run again, and so is a tokenizer that the recipe trains; a run
+that was interrupted goes on from its last evaluation. Times are medians of training steps, all models taking turns once
+they are trained; they are taken again only when the summary covers other models than before. So a folder of finished
+runs gives its tables and plots again without text. Nothing is trained or timed unless the tests of the lambda layer
+pass.
 """
 
 import argparse
 import itertools
+import json
 import shutil
 import statistics
 import sys
@@ -41,10 +42,10 @@ from matplotlib.figure import Figure
 from transformers import set_seed
 
 from benchmarks.correctness import LAYER_TESTS, require_passing_tests
-from benchmarks.environment import environment
+from benchmarks.environment import add_environment, environment
 from benchmarks.lambda_variants import BERT_VARIANTS, apply_variant, check_variant, running_variant
-from benchmarks.peers import OF_PAIRS, PEERS
-from benchmarks.report import Curve, draw_curves, markdown_table, spread
+from benchmarks.peers import OF_PAIRS, PEERS, used_fields
+from benchmarks.report import Curve, draw_curves, markdown_table, spread, write_json
 from benchmarks.runs import (
     Fields,
     Recipe,
@@ -61,6 +62,7 @@ from lambdabert.text.preparation import prepare_examples
 from lambdabert.text.sources import load_corpus
 from lambdabert.training.checkpoints import CheckpointError, last_complete_checkpoint
 from lambdabert.training.command import set_up_logging
+from lambdabert.training.memory import keep_freed_memory
 from lambdabert.training.models import start_at_frequencies
 from lambdabert.training.report import LAMBDA_FIELDS
 from run_language_modeling import Pretraining, parse_arguments
@@ -75,6 +77,7 @@ UNCHANGED_CONFIG = {
     "repetition_context_size": None,
     "classifier_pooling": "cls",
 }
+TIMING = ("seconds a step", "seconds of each timed step")  # of a summary; earlier ones lack the second
 ARCHITECTURES = ("lambdabert", *PEERS)
 FIELDS = Fields(frozenset({"pretraining"}), frozenset({"test_file"}))
 MODEL_FIELDS = Fields(
@@ -113,7 +116,8 @@ def check_peer(recipe: Recipe, name: str) -> None:
     """Checks that a peer can do what its entry asks for.
 
     Raises:
-        ValueError: it has no lambda layers to change, no head for pairs, or no weights to go on from.
+        ValueError: it has no lambda layers to change, no such config field, no head for pairs, or no weights to go on
+            from.
     """
     model, options = recipe["models"][name], recipe["pretraining"] | recipe["models"][name].get("options", {})
     architecture = model["architecture"]
@@ -121,6 +125,9 @@ def check_peer(recipe: Recipe, name: str) -> None:
         raise ValueError(
             f"model {name!r}: variant={model['variant']!r} changes lambda layers, which {architecture} lacks."
         )
+    if unused := sorted(set(model.get("config", {})) - used_fields(architecture)):
+        given = ", ".join(f"{field}={model['config'][field]!r}" for field in unused)
+        raise ValueError(f"model {name!r}: config: {given} would change nothing of {architecture}; leave it out.")
     if options.get("objective") != "mlm" and architecture not in OF_PAIRS:
         raise ValueError(f"model {name!r}: {architecture} has no head for pairs of sentences; set objective to 'mlm'.")
     if options.get("model_name_or_path"):
@@ -173,6 +180,8 @@ def prepare(folder: RunFolder, name: str, learning_rate: float, seed: int, work:
     with one_line_errors():
         model_args, data_args, training_args = parse_arguments([write_options(options, work)])
         set_up_logging(training_args)
+        if training_args.device.type == "cpu":
+            keep_freed_memory()  # as the command does
         pretraining = Pretraining(model_args, data_args, training_args)
         pretraining.prepare()
     if model_args.train_tokenizer:
@@ -197,6 +206,10 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
         trainer = pretraining.trainer()
         trainer.data_collator.seed = seed
         checkpoint = last_complete_checkpoint(checkpoints)
+        environments = work / "environments.json"  # of the processes that trained: an interrupted run has several
+        record = json.loads(environments.read_text()) if checkpoint and environments.exists() else {}
+        add_environment(record, taken_with)
+        write_json(environments, record)
         try:
             trainer.train(str(checkpoint) if checkpoint else None)
         except CheckpointError as error:  # as of a rate at which it diverges
@@ -226,12 +239,12 @@ def train(folder: RunFolder, name: str, learning_rate: float, seed: int, work: P
         "lambda": {field: getattr(pretraining.model.config, field, None) for field in LAMBDA_FIELDS},
         "curve": curve,
         "test": test,
-        "environment": taken_with,
+        **record,
     }
 
 
-def step_seconds(folder: RunFolder, names: Sequence[str], repeats: int = 15) -> dict[str, float]:
-    """Median seconds of a training step of each model, the models taking turns step by step."""
+def time_steps(folder: RunFolder, names: Sequence[str], repeats: int = 15) -> dict[str, list[float]]:
+    """Seconds of training steps of each model, the models taking turns step by step."""
     variants = {name: folder.recipe["models"][name].get("variant") for name in names}
     durations: dict[str, list[float]] = {name: [] for name in names}
     trainers = {}
@@ -252,7 +265,7 @@ def step_seconds(folder: RunFolder, names: Sequence[str], repeats: int = 15) -> 
                 if trainer.args.device.type == "cuda":
                     torch.cuda.synchronize()
                 durations[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[2:]) for name, times in durations.items()}  # the first ones warm up
+    return {name: times[2:] for name, times in durations.items()}  # the first ones warm up
 
 
 def final(run: Run) -> float:
@@ -374,13 +387,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         best[name], rates[name] = run_model(folder, name)
     warn_of_other_masks(best)
-    seconds, machine = folder.summary.get("seconds a step", {}), folder.summary.get("environment")
-    if list(seconds) != names:
-        seconds, machine = step_seconds(folder, names), environment("datasets")
+    timing = {key: folder.summary[key] for key in TIMING if key in folder.summary}
+    machine = folder.summary.get("environment")
+    if list(timing.get("seconds a step", {})) != names:
+        machine, steps = environment("datasets"), time_steps(folder, names)
+        medians = {name: statistics.median(times) for name, times in steps.items()}
+        timing = dict(zip(TIMING, (medians, steps), strict=True))
+    seconds = timing["seconds a step"]
     summary = {
         "environment": machine,
         "recipe": recipe,
-        "seconds a step": seconds,
+        **timing,
         "valid MLM loss by learning rate, first seed": rates,
         "runs": best,
     }

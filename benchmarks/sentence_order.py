@@ -143,8 +143,7 @@ def load(folder: Path) -> LambdaBertForPreTrainingSOP:
     return model
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+def parse_command(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sentence_order", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
@@ -153,7 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_seq_length", type=int, default=128, help="tokens of a pair, at most")
     parser.add_argument("--pairs", type=int, default=4000, help="at most so many")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the errors are written beside it")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
+    options = parse_command(argv)
     with one_line_errors():
         model = load(options.model)
         tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -76,11 +76,16 @@ def train(examples: dict[str, Dataset], vocab_size: int, args: BaselineArguments
     return accuracies
 
 
+def parse_command(argv: Sequence[str] | None) -> tuple[BaselineArguments, DataArguments]:
+    given = sys.argv[1:] if argv is None else argv
+    args, data_args = parse_arguments([*given, "--sop"], (BaselineArguments, DataArguments))
+    return args, data_args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command on `argv`, by default the process's own arguments; returns its exit status."""
-    given = sys.argv[1:] if argv is None else argv
     with one_line_errors():
-        args, data_args = parse_arguments([*given, "--sop"], (BaselineArguments, DataArguments))
+        args, data_args = parse_command(argv)
         tokenizer = load_tokenizer(args.tokenizer_name)
         examples = {
             split: prepare_examples(

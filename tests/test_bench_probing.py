@@ -1,16 +1,19 @@
-"""The benchmarks of probes: attention statistics of known maps, picks on dev, minimal pairs, channels."""
+"""The benchmarks of probes: attention statistics of known maps, picks on dev, minimal pairs, topics, channels."""
 
+import argparse
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
 import modeling_lambdabert
-from benchmarks import attention_features, channels, minimal_pairs, probing
+from benchmarks import attention_features, channels, interpretation, minimal_pairs, probing
 from lambdabert.interpretation import probe
+from text_support import write_parquet
 
 NOUNS = ["fox", "dog", "bird", "tree"]
 
@@ -159,6 +162,36 @@ class TestMinimalPairs:
         others = minimal_pairs.shifts(pairs)
         assert all(pairs[i]["paradigm"] != pairs[j]["paradigm"] for i, j in enumerate(others))
 
+    def test_a_pair_is_right_where_the_good_sentence_is_likelier_under_the_same_lambdas(self, folders, monkeypatch):
+        model, tokenizer = minimal_pairs.load(str(folders / "lambda"))
+        pairs = [{"paradigm": str(i % 2), "good": f"the {noun} sees", "bad": noun} for i, noun in enumerate(NOUNS[:3])]
+        replaced = []
+
+        def likelihoods(model, tokenizer, sentences, contents):
+            replaced.append(contents)
+            return torch.tensor([float(sentence.endswith("sees")) for sentence in sentences])
+
+        monkeypatch.setattr(minimal_pairs, "pseudo_log_likelihoods", likelihoods)
+        monkeypatch.setattr(minimal_pairs, "PAIRS_AT_ONCE", 2)
+        right = minimal_pairs.judge(model, tokenizer, pairs)
+        assert {condition: found.tolist() for condition, found in right.items()} == dict.fromkeys(
+            ("intact", "mean", "swapped", "zero"), [1, 1, 1]
+        )
+        assert replaced[0] == {}
+        for contents in replaced:
+            for content in contents.values():
+                good, bad = content.chunk(2)
+                torch.testing.assert_close(good, bad, rtol=0, atol=0)
+        first, second, *_ = replaced[2][0]  # swapped
+        assert not torch.equal(first, second)
+
+    def test_summary_of_known_judgements(self):
+        right = {"intact": torch.tensor([1.0, 1, 1, 0, 0]), "zero": torch.tensor([0.0, 1, 0, 0, 1])}
+        found = minimal_pairs.summarise(right, torch.tensor([True, True, True, True, False]), None)
+        assert found["pairs"] == 4 and (found["intact"]["accuracy"], found["zero"]["accuracy"]) == (0.75, 0.25)
+        low, high = found["zero"]["its interval"]
+        assert found["zero"]["intact - it"] == 0.5 and 0 <= low <= 0.5 <= high <= 1
+
     @pytest.mark.parametrize(
         "name, conditions", [("lambda", {"intact", "mean", "swapped", "zero"}), ("bert", {"intact"})]
     )
@@ -169,10 +202,22 @@ class TestMinimalPairs:
         (tmp_path / "pairs.tsv").write_text("\n".join("\t".join(row) for row in rows), encoding="utf-8")
         arguments = [str(tmp_path / "pairs.tsv"), "--model", str(folders / name), "--per_paradigm", "3"]
         assert minimal_pairs.main([*arguments, "--output", str(tmp_path / "a.json")]) == 0
-        found = json.loads((tmp_path / "a.json").read_text())["phenomena"]
+        record = json.loads((tmp_path / "a.json").read_text())
+        found, right = record["phenomena"], record["right"]
         assert {name: one["pairs"] for name, one in found.items()} == {"all": 12, "t0": 6, "t1": 6}
         assert found["all"].keys() == {"pairs"} | conditions
-        assert all(0 <= found["all"][condition]["accuracy"] <= 1 for condition in conditions)
+        assert right.keys() == conditions
+        for condition, paradigms in right.items():
+            assert [len(digits) for digits in paradigms.values()] == [3] * 4
+            assert found["all"][condition]["accuracy"] == pytest.approx("".join(paradigms.values()).count("1") / 12)
+        model, tokenizer = minimal_pairs.load(str(folders / name))
+        expected = dict.fromkeys((f"p{i}" for i in range(4)), "")
+        for pair in minimal_pairs.draw_pairs(tmp_path / "pairs.tsv", 3, 0):
+            good, bad = (
+                minimal_pairs.pseudo_log_likelihoods(model, tokenizer, [pair[which]], {}) for which in ("good", "bad")
+            )
+            expected[pair["paradigm"]] += str(int(good > bad))
+        assert right["intact"] == expected and {"0", "1"} == set("".join(expected.values()))
         with pytest.raises(SystemExit, match="per_paradigm=5: p0 has 4 pairs; lower it"):
             minimal_pairs.main([*arguments[:-1], "5", "--output", str(tmp_path / "b.json")])
         with (tmp_path / "pairs.tsv").open("a", encoding="utf-8") as file:
@@ -181,7 +226,37 @@ class TestMinimalPairs:
             minimal_pairs.main([*arguments, "--output", str(tmp_path / "b.json")])
 
 
+def test_the_lambda_of_another_stretch_is_of_the_same_article(folders, tmp_path, monkeypatch):
+    """Stretches of an article that are one text under one mask have one content lambda."""
+    articles = [f"{word} " * 10 * interpretation.TOKENS for word in ("the", "sees", "boat")]
+    file = write_parquet(tmp_path / "articles.parquet", text=articles)
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda shape, generator: rand(shape[-1], generator=generator).expand(shape))
+    args = argparse.Namespace(model=str(folders / "lambda"), texts=file, articles=3, seed=0)
+    loss = interpretation.measure_topics(args)["loss of masked tokens, nats"]
+    for where in ("layer 0", "layer 1", "all layers"):
+        assert loss[f"same article, {where}"]["rise"] == pytest.approx(0, abs=1e-6)
+        assert abs(loss[f"another article, {where}"]["rise"]) > 1e-4
+
+
 class TestChannels:
+    def test_part_of_the_embeddings_within_offsets(self):
+        positions = channels.Positions()
+        positions.embeddings, positions.maps, positions.tokens = torch.ones(7, 3, 1), torch.zeros(2, 7), 1
+        found = positions.summary()["part of E's square within offsets"]
+        assert found == pytest.approx({"0": 1 / 7, "1": 3 / 7, "2": 5 / 7, "4": 1, "8": 1})
+        positions.embeddings = torch.zeros(7, 3, 1)
+        positions.embeddings[3] = 2
+        assert positions.summary()["part of E's square within offsets"] == dict.fromkeys(found, 1)
+
+    def test_a_channel_is_spread_over_the_tokens_that_it_weighs(self):
+        keys = torch.tensor([[0.25, 0, 0.5], [0.25, 1, 0.5], [0.25, 0, 0], [0.25, 0, 0], [0, 0, 0]])
+        mask, ids = torch.tensor([[True] * 4 + [False]]), torch.arange(5)[None]
+        found = channels.Channels(["a", "b"], 5, 3)
+        found.add(SimpleNamespace(keys=keys[None, :, :, None]), mask, ids, [["a", "a", "b", "b", "b"]])
+        torch.testing.assert_close(torch.cat(found.spread), torch.tensor([[1, 0.25, 0.5]]))
+        torch.testing.assert_close(found.by_kind / found.of_kind[:, None], torch.tensor([[1.0, 2, 2], [1, 0, 0]]))
+
     def test_command(self, folders, tmp_path):
         words = [("the", "DET"), ("fox", "NOUN"), ("sees", "VERB"), ("a", "DET"), ("dog", "NOUN")]
         lines = ["\t".join([str(i + 1), word, word, kind, *"_" * 6]) for i, (word, kind) in enumerate(words)]
@@ -195,7 +270,6 @@ class TestChannels:
             counts = torch.tensor(list(found["tokens"].values())).float()
             # a channel is a distribution: its mean weight is that of a uniform one
             torch.testing.assert_close((weights * counts[:, None]).sum(0) / counts.sum(), torch.ones(3))
-            assert all(0 < spread <= 1 for spread in layer["spread"])
         assert (tmp_path / "a_keys.png").exists() and (tmp_path / "a_positions.png").exists()
 
     def test_repetition_lambdas_are_not_taken_for_positions(self, folders, tmp_path):

@@ -1,7 +1,9 @@
 """The quality benchmark: its recipes are complete, and its variants are what they are called."""
 
+import itertools
 import json
 import re
+import statistics
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 from benchmarks import quality
 from benchmarks.environment import ROOT
 from benchmarks.lambda_variants import BERT_VARIANTS, VARIANTS, apply_variant, running_variant
-from benchmarks.peers import PEERS, bert
+from benchmarks.peers import PEERS, bert, used_fields
 from configuration_lambdabert import LambdaBertConfig
 from lambdabert.text.objectives import OBJECTIVES
 from lambdabert.training import models
@@ -134,6 +136,11 @@ def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_
     quality.main([str(file), "--output", str(output)])
     results = json.loads((output / "results.json").read_text())
     assert len(list((output / "runs").iterdir())) == 5
+    assert {name: len(times) for name, times in results["seconds of each timed step"].items()} == dict.fromkeys(
+        recipe["models"], 13
+    )
+    for name, times in results["seconds of each timed step"].items():
+        assert results["seconds a step"][name] == statistics.median(times)
     bert, lambdabert = results["runs"]["BERT"], results["runs"]["LambdaBERT"]
     rates = results["valid MLM loss by learning rate, first seed"]["BERT"]
     assert str(bert[0]["learning_rate"]) == f"{float(min(rates, key=rates.get)):g}"
@@ -158,6 +165,10 @@ def test_tiny_benchmark_runs_once_and_gives_every_model_the_same_data(text, tmp_
         ({"architecture": "gpt"}, "model 'one': architecture='gpt'; use one of"),
         ({"variant": "sideways"}, "variant='sideways' is unknown"),
         ({"architecture": "fnet", "variant": "flat E"}, "variant='flat E' changes lambda layers, which fnet lacks"),
+        (
+            {"architecture": "fnet", "config": {"hidden_size": 32, "key_depth": 4}},
+            "config: key_depth=4 would change nothing of fnet; leave it out",
+        ),
         ({"architecture": "fnet", "options": {"objective": "nsp"}}, "fnet has no head for pairs of sentences"),
         ({"architecture": "bert", "options": {"model_name_or_path": "x"}}, "bert cannot go on from model_name_or_path"),
         ({"learning_rates": []}, "model 'one' has no learning_rates"),
@@ -197,6 +208,29 @@ def test_peers_have_the_same_shape_and_start(name, make_config):
     np.testing.assert_allclose(model.get_output_embeddings().bias.exp().detach(), frequencies, rtol=1e-5)
     ids, mask = torch.arange(5, 25)[None], torch.ones(1, 20, dtype=torch.long)
     assert model(input_ids=ids, attention_mask=mask, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_only_used_fields_change_a_peer(name):
+    """Of the sizes and rates in a config; what else a BERT shares with LambdaBERT, it takes as it is."""
+    plain = LambdaBertConfig(vocab_size=60, hidden_size=64, num_hidden_layers=1, intermediate_size=96)
+    peer = PEERS[name](plain, "mlm").config.to_dict()
+    numbers = [field for field, value in plain.to_dict().items() if type(value) in (int, float)]
+    assert {"initializer_range", "key_depth", "hidden_dropout_prob"} <= set(numbers)
+    for field in numbers:
+        value = getattr(plain, field)
+        config = LambdaBertConfig(**plain.to_dict() | {field: 2 * value or 1})
+        changed = PEERS[name](config, "mlm").config.to_dict()
+        assert (changed != peer) == (field in used_fields(name)), field
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_peers_start_in_the_range_of_the_config(name, make_config):
+    narrow, wide = (
+        PEERS[name](make_config(hidden_size=64, initializer_range=width), "mlm").get_input_embeddings().weight
+        for width in (0.02, 0.2)
+    )
+    assert 8 < wide.std() / narrow.std() < 12
 
 
 @pytest.mark.parametrize("name", sorted(PEERS))
@@ -240,6 +274,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(text, tmp_path, monkeyp
         "models": {"LambdaBERT": {"architecture": "lambdabert", "learning_rates": [1e-3], "max_steps": 12}},
     }
     monkeypatch.setattr(quality, "require_passing_tests", lambda *tests: None)
+    processes = itertools.count()
+    monkeypatch.setattr(quality, "environment", lambda *packages: {"process": next(processes)})
     whole = quality.RunFolder(tmp_path / "whole", recipe)
     expected = quality.train(whole, "LambdaBERT", 1e-3, 1, tmp_path / "work whole")
 
@@ -260,6 +296,46 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(text, tmp_path, monkeyp
     run = quality.train(folder, "LambdaBERT", 1e-3, 1, work)
     assert [point["eval_mlm_loss"] for point in run["curve"]] == [point["eval_mlm_loss"] for point in expected["curve"]]
     assert len(run["curve"]) == 3 and not work.exists()
+    assert (expected["environments"], run["environments"]) == ([{"process": 0}], [{"process": 1}, {"process": 2}])
+
+
+def test_a_seed_decides_weights_order_and_training_masks(text, tmp_path, monkeypatch):
+    recipe = {
+        "pretraining": benchmark_options(text, tmp_path),
+        "seeds": [1],
+        "models": {"LambdaBERT": {"architecture": "lambdabert", "learning_rates": [1e-3], "max_steps": 2}},
+    }
+    trainers, kept = [], []
+
+    class Prepared(Exception):
+        pass
+
+    def prepared(trainer, *args):
+        if not trainer.args.output_dir.endswith("checkpoints"):  # the rehearsal's
+            return train(trainer, *args)
+        trainers.append(trainer)
+        raise Prepared
+
+    train = PretrainingTrainer.train
+    monkeypatch.setattr(quality, "require_passing_tests", lambda *tests: None)
+    monkeypatch.setattr(quality, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(PretrainingTrainer, "train", prepared)
+    folder = quality.RunFolder(tmp_path / "output", recipe)
+    for run, seed in enumerate((1, 1, 2)):
+        with pytest.raises(Prepared):
+            quality.train(folder, "LambdaBERT", 1e-3, seed, tmp_path / f"work {run}")
+    assert len(kept) == 3, "a run keeps freed memory, as the command's do"
+    rows = list(trainers[0].train_dataset)[:8]
+    batches = [next(iter(trainer.get_train_dataloader())) for trainer in trainers]
+    found = {
+        "weights": [trainer.model.bert.encoder.layer[0].attention.self.to_values.weight for trainer in trainers],
+        "masks": [trainer.data_collator(rows)["labels"] for trainer in trainers],
+        "order": [torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"]) for batch in batches],
+        "evaluation": [next(iter(trainer.get_eval_dataloader()))["labels"] for trainer in trainers],
+    }
+    for what, (first, again, other) in found.items():
+        assert torch.equal(first, again), what
+        assert torch.equal(first, other) == (what == "evaluation"), what
 
 
 def test_a_recipe_goes_on_from_a_model(text, tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ from importlib import import_module
 import pytest
 from matplotlib.figure import Figure
 
+import run_language_modeling
 from benchmarks import conversion, correctness, quality
 from benchmarks.environment import ROOT, add_environment
+from benchmarks.peers import PEERS
 from benchmarks.report import COLOURS, Curve, draw_curves, markdown_table, spread
 from benchmarks.runs import Fields, RunFolder, digest, read_recipe
 
@@ -74,12 +76,15 @@ def test_first_setting_at_another_rate_has_the_key_that_the_index_names():
         ("quality/wikitext2", []),
         ("quality/wikitext2_ablations", []),
         ("conversion/minilm", ["--text", *RECORDED_TEXT, "--sts_folder", "nowhere"]),
+        ("finetuning/minilm", []),
+        ("finetuning/wikipedia_small", []),
     ],
 )
 def test_recorded_folder_gives_its_summary_and_table_again(name, options, tmp_path, monkeypatch, capsys):
     """Without text, teacher and training: times and runs are those of the folder."""
     module = import_module(f"benchmarks.{name.partition('/')[0]}")
-    monkeypatch.setattr(module, "prepare", lambda *args: pytest.fail("a finished run was run or timed again"))
+    runs = "fine_tune" if name.startswith("finetuning") else "prepare"
+    monkeypatch.setattr(module, runs, lambda *args: pytest.fail("a finished run was run or timed again"))
     folder = BENCHMARKS / "results" / name
     output = shutil.copytree(folder, tmp_path / "output")
     (output / "table.md").unlink()
@@ -100,15 +105,23 @@ def test_index_lists_every_recipe_and_result():
         assert (BENCHMARKS / target.partition("#")[0]).exists(), target
 
 
-def test_commands_of_index_and_documents_parse():
+def parse_peer_command(argv):
+    """Those of the pretraining command after the name of an encoder."""
+    assert argv[0] in PEERS
+    run_language_modeling.parse_arguments(argv[1:])
+
+
+def test_commands_of_index_and_documents_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)  # some name a file of configs/
+    parsers = {"pretrain_peer": parse_peer_command}
     pages = [BENCHMARKS / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "\n".join(re.sub(r"\\\n", " ", page.read_text(encoding="utf-8")) for page in pages)
     commands = re.findall(r"python -m benchmarks\.(\w+) ?([^`#\n]*)", text)
     assert {name for name, _ in commands} == set(re.findall(r"^\| `python -m benchmarks\.(\w+)` \|", INDEX, re.M))
     for name, options in commands:
-        module = import_module(f"benchmarks.{name}")
-        if options.strip() and hasattr(module, "parse_command"):
-            module.parse_command(shlex.split(options))
+        if options.strip():
+            parse = parsers.get(name) or import_module(f"benchmarks.{name}").parse_command
+            parse(shlex.split(options))
 
 
 def test_tests_that_come_first_exist():

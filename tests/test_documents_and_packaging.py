@@ -37,6 +37,7 @@ def test_readme_python_runs_and_its_shapes_hold(monkeypatch):
     assert out.pooler_output.shape == (1, 768)
     assert [tuple(params.shape) for params in out.lambda_params] == [(1, 8, 96)] * 12
     assert out[0] is out.last_hidden_state and out[1] is out.pooler_output and out[2] is out.lambda_params
+    assert [tuple(params.shape) for params in names["content_lambdas"]] == [(1, 8, 64)] * 4
 
 
 def test_readme_commands_parse(tmp_path, monkeypatch):
