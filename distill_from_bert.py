@@ -34,12 +34,13 @@ from lambdabert.training.checkpoints import CheckpointError
 from lambdabert.training.command import run_training_command
 from lambdabert.training.memory import check_memory
 from lambdabert.training.models import check_mask
+from lambdabert.training.option_rules import SCHEDULES_BY_EVALUATION
 from lambdabert.training.output_folder import read_record
 from lambdabert.training.recipes import parse_overrides
 from lambdabert.training.rehearsal import TINY_SHAPE
 from lambdabert.training.report import describe_data, describe_recipe, plot_curves, quoted, read_template
 from lambdabert.training.run import Documents, TrainingRun
-from lambdabert.training.settings import SCHEDULES_BY_EVALUATION, examples_of_a_step
+from lambdabert.training.settings import examples_of_a_step
 from lambdabert.training.trainer import InterruptibleTrainer
 
 TEMPLATES = "lambdabert.distillation"
@@ -308,6 +309,16 @@ class Distillation(TrainingRun):
         # examples of similar length come together, a batch at a time
         settings["training"]["per_device_train_batch_size"] = self.training_args.per_device_train_batch_size
         return settings
+
+    def plan(self, trainer: InterruptibleTrainer) -> None:
+        super().plan(trainer)
+        args = self.training_args
+        if args.attention_steps > self.steps:
+            raise CheckpointError(
+                f"attention_steps={args.attention_steps:g} exceeds the {self.steps} steps of "
+                f"num_train_epochs={args.num_train_epochs:g}, which count both stages: lower the former, below 1 for a "
+                "share of them, or raise the latter."
+            )
 
     def check_steps(self, state: TrainerState) -> None:
         super().check_steps(state)

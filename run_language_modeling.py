@@ -329,6 +329,8 @@ class Pretraining(TrainingRun):
     def evaluated(self) -> dict[str, Any]:
         model = {"model_name_or_path": self.model_args.model_name_or_path}
         text = {name: getattr(self.data_args, name) for name in EVALUATION_TEXT_FIELDS}
+        if self.data_args.validation_file:
+            text |= dict.fromkeys(("dataset_name", "dataset_config_name"))
         masks = {"seed": self.training_args.seed, "content of the examples": self.evaluation_text}
         return model | text | masks
 

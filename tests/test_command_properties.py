@@ -45,8 +45,8 @@ NOT_DRAWN = {
     "torch_compile_backend",
     "torch_compile_mode",
 }
-# no memory is pinned without an accelerator; recorded as text; "all" means those that are installed
-UNRECORDED = {"dataloader_pin_memory", "accelerator_config", "report_to"}
+# no memory is pinned without an accelerator; "all" means those that are installed
+UNRECORDED = {"dataloader_pin_memory", "report_to"}
 # more of these is more work, and no mistake
 COUNTS_OF_WORK = {"max_steps", "num_train_epochs", "dupe_factor", "dataloader_num_workers", "preprocessing_num_workers"}
 
@@ -61,7 +61,6 @@ SENSELESS = {
 }
 OF_A_WRONG_TYPE = [None, "3", 3.5, 3, True, [1], [None], {"a": 1}, [], "nonsense", math.nan]
 VALUES = {
-    "accelerator_config": [{"split_batches": True}, {"even_batches": False}, {"use_seedable_sampler": False}],
     "activation_checkpointing_kwargs": [{"use_reentrant": False}, {"use_reentrant": True}],
     "config_overrides": [
         {name: value}

@@ -156,7 +156,11 @@ PRIVATE = {
     ),
     "_get_train_sampler": (
         lambda: "self._get_train_sampler" in source(Trainer.get_train_dataloader),
-        "DistillationTrainer makes batches of similar length there; they would be random and mostly padding.",
+        "Batches of similar length are made there; they would be random, and of a distillation mostly padding.",
+    ),
+    "_train_batch_size": (
+        lambda: "self._train_batch_size" in source(Trainer.get_train_dataloader),
+        "The order of batches of similar length follows the batch that auto_find_batch_size found.",
     ),
 }
 

@@ -13,11 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import EvalPrediction
 
-from lambdabert.distillation.batches import SimilarLengths
 from lambdabert.distillation.losses import ITEM_OF_LOSS, ITEMS, count_items, loss_sums, squared_errors
 from lambdabert.distillation.stages import attention_alone, attention_outputs, steps_of_first_stage, two_schedules
 from lambdabert.distillation.teacher import LossWeights, Teacher
-from lambdabert.text.examples import list_lengths
 from lambdabert.text.masks import IGNORED_LABEL
 from lambdabert.training.metrics import logits_of
 from lambdabert.training.trainer import InterruptibleTrainer
@@ -55,9 +53,7 @@ class DistillationTrainer(InterruptibleTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, IterableDataset):
             return None
-        lengths = list_lengths(dataset, "input_ids")
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SimilarLengths(torch.tensor(lengths), self.args.train_batch_size, seed)
+        return self.similar_lengths(dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Two schedules one after the other, each with warm-up and decay, if there are two stages."""

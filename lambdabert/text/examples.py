@@ -73,7 +73,8 @@ class DocumentTokenizer:
     """Turns a batch of documents into token ids and sentence lengths.
 
     `<unk>` becomes the unknown token, and so does a special token spelt out in the text. A sentence is tokenized as it
-    stands in the text, or as a text of its own where each is an example or the tokenizer adds the blank before it.
+    stands in the text, or as a text of its own where each is an example or the tokenizer adds the blank before it. For
+    pairs, the first sentence of a document gets a blank before it, too: without, it would be known for the first.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: ExampleRecipe) -> None:
@@ -82,6 +83,7 @@ class DocumentTokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.sentences_alone = recipe.objective == SENTENCES or self._adds_blanks()
+        self.blank_first = recipe.objective.has_pairs and not self.sentences_alone and self._reads_blanks()
         self.unknown_token = tokenizer.unk_token
         self.unknown_id = tokenizer.unk_token_id
         self.special_ids = np.array(tokenizer.all_special_ids)
@@ -97,11 +99,19 @@ class DocumentTokenizer:
         )
         return twice == [*alone, *alone] and behind_blank != alone
 
+    def _reads_blanks(self) -> bool:
+        """Whether a blank before a text makes other tokens of it."""
+        alone, behind_blank = (self.backend.encode(text, add_special_tokens=False).ids for text in ("a", " a"))
+        return alone != behind_blank
+
     def __call__(self, documents: dict[str, list[str | None]]) -> pa.Table:
         """One row for each of documents {"text": [...]}, empty where there is no text."""
         document_sentences = [split_sentences(text or "", self.language) for text in documents["text"]]
-        sentences = itertools.chain.from_iterable(document_sentences)
-        ids, lengths = self.encode(map(str.strip, sentences) if self.sentences_alone else sentences)
+        if self.blank_first:
+            for sentences in filter(None, document_sentences):
+                sentences[0] = f" {sentences[0]}"
+        all_sentences = itertools.chain.from_iterable(document_sentences)
+        ids, lengths = self.encode(map(str.strip, all_sentences) if self.sentences_alone else all_sentences)
         document_of_sentence = np.repeat(np.arange(len(document_sentences)), list(map(len, document_sentences)))
         counted = lengths > 0
         sentence_counts = np.bincount(document_of_sentence[counted], minlength=len(document_sentences))

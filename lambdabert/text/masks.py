@@ -28,13 +28,13 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 
     word_probability: float = 1.0
     word_continues: torch.Tensor | None = None
-    epoch: int = 0
+    epoch: int | torch.Tensor = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.never_chosen = torch.tensor(self.tokenizer.all_special_ids)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int | torch.Tensor) -> None:
         self.epoch = epoch
 
     def torch_mask_tokens(

@@ -174,6 +174,7 @@ def _keep_examples(
             tokenizer_state(tokenizer),
             recipe.language,
             recipe.objective == SENTENCES,
+            tokenize.blank_first,
             importlib.metadata.version("sentencex"),
         ),
     )

@@ -169,7 +169,11 @@ def id_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
     return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
 
 
+def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The rules of a tokenizer, without padding and truncation, which calls change."""
+    return {**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}
+
+
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides the ids; truncation and padding, which calls change, do not."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps(state | {"truncation": None, "padding": None, "special_tokens": tokenizer.special_tokens_map})
+    """What decides the ids."""
+    return json.dumps(tokenizer_rules(tokenizer) | {"special_tokens": tokenizer.special_tokens_map})

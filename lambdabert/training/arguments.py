@@ -12,13 +12,13 @@ from lambdabert.command_line import DataclassParser
 from lambdabert.training.option_rules import (
     DEFAULT_OUTPUT_DIR,
     REFUSED,
+    SCHEDULES_BY_EVALUATION,
     check_effects,
     check_refused,
     check_values,
     take_as_given,
 )
 from lambdabert.training.recipes import Option, read_recipe
-from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 
 
 @dataclass

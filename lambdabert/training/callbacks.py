@@ -1,14 +1,18 @@
 """What happens at the events of training: a run ends in all processes at once, and resumes with its own schedule."""
 
+import shutil
 import signal
 from collections.abc import Collection
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lambdabert.training.checkpoints import numbered_checkpoints
 from lambdabert.training.output_folder import record_run
 from lambdabert.training.settings import BATCH_FIELDS, EXAMPLES_OF_A_STEP, examples_of_a_step
 
@@ -34,6 +38,10 @@ class StopTogether(TrainerCallback):
 
     Args:
         trainer: the trainer to end.
+
+    Attributes:
+        received: the signal that reached this process, or None.
+        stopping: whether one reached any process, as all of them know.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -41,6 +49,7 @@ class StopTogether(TrainerCallback):
     def __init__(self, trainer: Interruptible):
         self.trainer = trainer
         self.received: str | None = None
+        self.stopping = False
         self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(
@@ -58,20 +67,26 @@ class StopTogether(TrainerCallback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def ask_all(self) -> bool:
+        """Sets `stopping`, in all processes at once; returns whether a loss of any was not finite."""
         reasons = torch.stack([self.trainer.diverged.new_tensor(self.received is not None), self.trainer.diverged])
         signalled, diverged = (count > 0 for count in self.trainer.sum_over_processes(reasons.float()).tolist())
-        if diverged:
-            raise self.trainer.not_finite(f"The loss of step {state.global_step}")
         if signalled:
             # the signal may reach one process a step earlier than another
             self.received = self.received or "a signal"
+            self.stopping = True
+        return diverged
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.ask_all():
+            raise self.trainer.not_finite(f"The loss of step {state.global_step}")
+        if self.stopping:
             control.should_training_stop = control.should_save = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.received and state.epoch != round(state.epoch or 0):  # cut off, and not at its end
+        if self.stopping and state.epoch != round(state.epoch or 0):  # cut off, and not at its end
             control.should_log = control.should_evaluate = control.should_save = False
 
     @property
@@ -108,8 +123,11 @@ class OwnSchedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         state.compute_steps(args, state.max_steps)
-        if not args.auto_find_batch_size:
-            state.train_batch_size = args.train_batch_size
+        state.train_batch_size = args.train_batch_size
+        best = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            # it is recorded by the folder of that time, which may have been moved or copied since
+            state.best_model_checkpoint = str(best)
         scheduler, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
         if self.trainer.is_deepspeed_enabled or not isinstance(scheduler, LambdaLR):
             return
@@ -130,7 +148,8 @@ def use_batch_of(state: TrainerState, args: TrainingArguments) -> None:
 class StartAnew(TrainerCallback):
     """Gives each attempt of `auto_find_batch_size` the weights that the first began with, and a new optimizer's state.
 
-    Otherwise the Trainer continues from the weights of the attempt that ran out of memory.
+    Otherwise the Trainer continues from the weights of the attempt that ran out of memory, and the next start of the
+    command from its checkpoints.
     """
 
     def __init__(self) -> None:
@@ -144,8 +163,10 @@ class StartAnew(TrainerCallback):
             self.weights = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
             return
         model.load_state_dict(self.weights)
-        if state.global_step == 0:  # of a checkpoint, the Trainer has loaded the optimizer's state again
-            kwargs["optimizer"].state.clear()
+        kwargs["optimizer"].state.clear()
+        if args.should_save:
+            for _, checkpoint in numbered_checkpoints(str(args.output_dir)):
+                shutil.rmtree(checkpoint)
 
 
 class RecordRun(TrainerCallback):

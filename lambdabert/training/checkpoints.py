@@ -105,14 +105,19 @@ def is_complete(checkpoint: Path) -> bool:
     )
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint of the most steps, or None; the log names the incomplete ones."""
+def numbered_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """The steps and the folder of each checkpoint, complete or not; the most steps first."""
     numbered = [
         (int(match[1]), folder)
         for folder in Path(output_dir).glob(CHECKPOINTS)
         if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and folder.is_dir()
     ]
-    for _, folder in sorted(numbered, reverse=True):
+    return sorted(numbered, reverse=True)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint of the most steps, or None; the log names the incomplete ones."""
+    for _, folder in numbered_checkpoints(output_dir):
         if is_complete(folder):
             return folder
         logger.warning(f"{folder} is incomplete and is not used.")

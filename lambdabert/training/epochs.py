@@ -2,25 +2,19 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-
-class MasksByEpoch(Protocol):
-    """A collator whose masks depend on the epoch."""
-
-    def __call__(self, features: list[Any]) -> dict[str, Any]: ...
-
-    def set_epoch(self, epoch: Any) -> None: ...
+from lambdabert.text.masks import MaskingCollator
 
 
 class EpochMasks(TrainerCallback):
     """Gives each epoch its own training masks."""
 
-    def __init__(self, collator: MasksByEpoch):
+    def __init__(self, collator: MaskingCollator):
         # in shared memory, so that loader processes that outlive an epoch see the next
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         collator.set_epoch(self.epoch)
@@ -42,7 +36,7 @@ class EndlessStream(torch.utils.data.IterableDataset):
         collator: masks the examples.
     """
 
-    def __init__(self, examples: datasets.IterableDataset, collator: MasksByEpoch):
+    def __init__(self, examples: datasets.IterableDataset, collator: MaskingCollator):
         self.examples = examples
         self.collator = collator
 

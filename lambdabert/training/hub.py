@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from lambdabert.training.arguments import RunArguments
 from lambdabert.training.checkpoints import CHECKPOINTS
+from lambdabert.training.output_folder import RUN_SETTINGS_NAME
 
 
 def is_local(name: str | None) -> bool:
@@ -37,9 +38,10 @@ def check_hub(args: RunArguments) -> None:
 
 
 def push_folder(trainer: Trainer) -> None:
-    """Pushes the output folder as it is at the end, with report and model card, but without checkpoints.
+    """Pushes the output folder as it is at the end, with report and model card.
 
-    The Trainer's own push saves the model again, and writes a card of its own over that of the command.
+    Checkpoints stay here, and so does the record of the settings, which holds paths of this machine. The Trainer's own
+    push saves the model again, and writes a card of its own over that of the command.
     """
     trainer._finish_current_push()  # of a checkpoint, in the background
     huggingface_hub.upload_folder(
@@ -48,5 +50,5 @@ def push_folder(trainer: Trainer) -> None:
         commit_message="End of training",
         token=trainer.args.hub_token,
         revision=trainer.args.hub_revision,
-        ignore_patterns=["_*", CHECKPOINTS],
+        ignore_patterns=["_*", CHECKPOINTS, RUN_SETTINGS_NAME],
     )

@@ -12,14 +12,16 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
+from transformers import SchedulerType
+
 from lambdabert.training.recipes import OBJECTS_IN_FILES, OBJECTS_IN_TEXT, floats_in, parse_overrides, read_object
-from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 
 DEFAULT_OUTPUT_DIR = "models"
 EVALUATE_EVERY = 100  # steps, where a command is given without saying what to do
 LARGEST_SEED = 2**32 - 1
 OPTIMIZERS_WITHOUT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")
 OPTIMIZERS_WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+SCHEDULES_BY_EVALUATION = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 SCHEDULES_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 SCHEDULES_WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
 
@@ -80,6 +82,7 @@ REFUSED = {
     "use_liger_kernel": "there are no Liger kernels for this model",
     "liger_kernel_config": "there are no Liger kernels for this model",
     "parallelism_config": "it cannot be given on a command line; use fsdp",
+    "accelerator_config": "it would change the order of the examples, or their number in a step, unnoticed",
     "prediction_loss_only": "evaluation reports every metric, and gathers no logits for it",
     "include_for_metrics": "evaluation reports every metric, and gathers no logits for it",
     "batch_eval_metrics": "evaluation gathers a few sums per example, never logits",
@@ -290,6 +293,20 @@ NEEDS: tuple[tuple[Need, tuple[str, ...]], ...] = (
     (
         Need(lambda options: not options.streaming, "text that is prepared, not streamed"),
         ("train_sampling_strategy", "dataloader_drop_last", "data_seed"),
+    ),
+    (
+        Need(
+            lambda options: _value(options.train_sampling_strategy) in ("random", "group_by_length"),
+            "an order that is drawn by a seed (train_sampling_strategy=random or group_by_length)",
+        ),
+        ("data_seed",),
+    ),
+    (
+        Need(
+            lambda options: TRAINING.met(options) or not options.validation_file,
+            "--do_train, since validation_file is what is evaluated",
+        ),
+        ("train_file", "dataset_name", "dataset_config_name", "corpus"),
     ),
     (Need(lambda options: bool(options.fsdp), "fsdp"), ("fsdp_config",)),
     (

@@ -134,7 +134,10 @@ def plot_curves(
 
 
 def training_summary(history: History) -> dict[str, float]:
-    """Steps, time and throughput of the whole run, from the Trainer's log."""
+    """Steps and time of the whole run, from the Trainer's log.
+
+    Its tokens per second are those since it was last resumed, and count the time of evaluations and checkpoints, too.
+    """
     last = {name: value for record in history for name, value in record.items()}
     names = ("step", "epoch", "seconds", "mlm_loss", "loss", "num_input_tokens_seen", "train_tokens_per_second")
     return {name: last[name] for name in names if name in last}
@@ -161,7 +164,7 @@ def metrics_report(
         **of_run,
         "eval": dict(metrics),
         "model": {"parameters": model.num_parameters()},
-        "data": {split: vars(summary) for split, summary in summaries.items()},
+        "data": {split: vars(replace(each, cache_directory=None)) for split, each in summaries.items()},
     }
 
 

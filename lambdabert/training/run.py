@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -89,6 +90,7 @@ class TrainingRun(ABC):
         settings: those that define the run.
         record: what `run_settings.json` is to hold: the settings, and which others held for earlier steps.
         steps: of the whole run.
+        saved: whether the folder holds the model of a finished run as it was reported.
     """
 
     trainer_class: type[InterruptibleTrainer]
@@ -100,6 +102,7 @@ class TrainingRun(ABC):
     settings: dict[str, dict[str, Any]]
     record: dict[str, Any]
     steps: int
+    saved = False
 
     def __init__(self, model_args: Any, data_args: TextArguments, training_args: RunArguments):
         self.model_args, self.data_args, self.training_args = model_args, data_args, training_args
@@ -123,6 +126,7 @@ class TrainingRun(ABC):
         self.start_from_text()
         if self.checkpoint and self.training_args.auto_find_batch_size:
             use_batch_of(read_state(self.checkpoint), self.training_args)
+            self.training_args.auto_find_batch_size = False  # the rest of a run has steps of as many examples
         self.settings = self.describe()
         self.check_record()
 
@@ -154,7 +158,8 @@ class TrainingRun(ABC):
                 self.restore(trainer, state)
             elif not self.train(trainer, state):
                 return trainer.stop.exit_status
-            self.save(trainer)
+            if not self.saved:
+                self.save(trainer)
         metrics = self.evaluate(trainer)
         self.report(trainer, metrics)
         if self.training_args.push_to_hub and trainer.is_world_process_zero():
@@ -463,15 +468,33 @@ class TrainingRun(ABC):
         if state is None:
             trainer.train()
         else:
-            logger.info(f"Resuming from {self.checkpoint}, step {state.global_step} of {self.steps}.")
-            trainer.train(str(self.checkpoint), earlier=self.changed_rates(state.global_step))
+            self.resume(trainer, state)
         self.steps = trainer.state.max_steps  # more epochs' worth where a smaller batch was found to fit
-        if trainer.stop.received:
-            logger.info(
-                f"Stopped by {trainer.stop.received} after step {trainer.state.global_step}, with a checkpoint; "
-                "the same command resumes from it."
-            )
-        return not trainer.stop.received
+        step = trainer.state.global_step
+        if trainer.stop.stopping:
+            where = ", with a checkpoint; the same command resumes from it"
+            if trainer.saved_step != step:
+                where = "; the same command resumes from the checkpoint before it"
+            logger.info(f"Stopped by {trainer.stop.received} after step {step}{where}.")
+        return not trainer.stop.stopping
+
+    def resume(self, trainer: InterruptibleTrainer, state: TrainerState) -> None:
+        """Trains from the checkpoint of `state`.
+
+        Raises:
+            CheckpointError: as of `train`; or the batch that was found to fit into memory does not fit now.
+        """
+        logger.info(f"Resuming from {self.checkpoint}, step {state.global_step} of {self.steps}.")
+        try:
+            trainer.train(str(self.checkpoint), earlier=self.changed_rates(state.global_step))
+        except RuntimeError as error:
+            if "auto_find_batch_size" not in self.training_args.given or not should_reduce_batch_size(error):
+                raise
+            raise CheckpointError(
+                f"per_device_train_batch_size={self.training_args.per_device_train_batch_size}, which "
+                f"auto_find_batch_size found for {self.checkpoint}, does not fit into memory now: free some, or drop "
+                "--auto_find_batch_size and give a smaller one, and more --gradient_accumulation_steps in return."
+            ) from error
 
     @property
     def at_end(self) -> bool:
@@ -482,8 +505,8 @@ class TrainingRun(ABC):
         """Whether the folder holds the whole result of this run, whichever checkpoints are left in it.
 
         Raises:
-            CheckpointError: it does, but changed since or not evaluated on this text, and without the checkpoint of the
-                last step.
+            CheckpointError: it does, but a file was changed since; or it is incomplete, or not evaluated on this text,
+                and the checkpoint of the last step is gone.
         """
         folder = str(self.training_args.output_dir)
         record = read_record(folder) or {}
@@ -494,13 +517,20 @@ class TrainingRun(ABC):
         if reported.get("steps") != self.steps or differing(record, self.settings, may_change):
             return False
         # the card may be edited
-        changed = {name for name, _ in reported["files"].items() ^ files.items()} - {CARD_NAME}
+        changed = {name for name, size in files.items() if reported["files"].get(name) != size} - {CARD_NAME}
+        missing = set(reported["files"]) - set(files) - {CARD_NAME}
         evaluated = self.evaluation_text is not None and reported["evaluation"] == self.evaluation_text
-        if not changed and (evaluated or not self.training_args.do_eval):
+        if not changed and not missing and (evaluated or not self.training_args.do_eval):
             return True
+        if changed and self.at_end:
+            raise CheckpointError(
+                f"output_dir={folder} holds the result of this run, but {first_of(sorted(changed), ', ')} changed "
+                "since: remove what is to be written again, or give another --output_dir. Nothing was overwritten."
+            )
         if self.at_end or not any(name.endswith(".safetensors") for name in files):
+            self.saved = self.at_end and not missing
             return False
-        if changed:
+        if changed := changed | missing:
             reason = f"{first_of(sorted(changed), ', ')} changed since: give another --output_dir to train again"
         else:
             reason = (
@@ -521,6 +551,7 @@ class TrainingRun(ABC):
         checkpoint = Path(str(self.checkpoint))
         logger.info(f"{checkpoint} is the end of this run: nothing is left to train.")
         self.record = read_record(str(self.training_args.output_dir)) or self.record
+        self.record.pop("reported", None)  # until it is again
         trainer.state = state
         trainer.start_clock(state.log_history)
         trainer.load_weights(trainer.best_checkpoint(checkpoint) or checkpoint)
@@ -532,6 +563,8 @@ class TrainingRun(ABC):
             CheckpointError: the disk is full.
         """
         with writing(str(self.training_args.output_dir)):
+            if trainer.is_world_process_zero():
+                record_run(str(self.training_args.output_dir), self.record)
             self.save_model(trainer)
 
     def save_model(self, trainer: InterruptibleTrainer) -> None:
@@ -570,6 +603,8 @@ class TrainingRun(ABC):
         folder = Path(str(args.output_dir))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            if args.do_train:
+                record_run(folder, self.record)
             history, of_evaluation = trainer.state.log_history, None if args.do_train else self.evaluated
             numbers = metrics_report(self.model, self.summaries, history, metrics, of_evaluation)
             write_json(folder / ("metrics.json" if args.do_train else EVALUATION_NAME), numbers)

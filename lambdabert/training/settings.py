@@ -13,9 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from lambdabert.text.arguments import TextArguments
+from lambdabert.text.tokenizers import tokenizer_rules
+from lambdabert.training.option_rules import REFUSED, SCHEDULES_BY_EVALUATION
 
 EXAMPLES_HASHED_AT_A_TIME = 10_000
 # where and how fast data are prepared, not what they are
@@ -27,12 +29,10 @@ WATCHING_FIELDS = (
     *("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter"),
     *("log_level", "log_level_replica", "disable_tqdm", "include_num_input_tokens_seen", "report_to", "run_name"),
     *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "debug", "skip_memory_metrics"),
-    *("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"),
-    *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
-    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"),
-    *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
-    *("hub_always_push", "hub_revision", "do_train", "do_eval", "do_predict", "dry_run", "output_dir"),
-    *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "label_names", "remove_unused_columns"),
+    *("per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_on_each_node"),
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    *("hub_revision", "do_train", "do_eval", "dry_run", "output_dir"),
     *("eval_on_start", "eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better"),
 )
 # where and how fast the same steps are computed
@@ -40,17 +40,16 @@ COMPUTING_FIELDS = (
     *("use_cpu", "local_rank", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "activation_checkpointing"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile"),
-    *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "auto_find_batch_size", "use_cache"),
+    *("torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "auto_find_batch_size"),
     *("full_determinism", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
-    *("ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "parallelism_config"),
+    *("ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config"),
 )
-# their product counts; they count themselves only where they decide the order of the examples
+# their product counts; they count themselves only where they decide which examples a step has
 BATCH_FIELDS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 EXAMPLES_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x processes"
-ORDERS_BY_BATCH = ("group_by_length", "batch_rebalance")
+ORDERS_BY_BATCH = ("batch_rebalance",)
 # what decides a learning rate, or a result, that depends on the course of evaluation
 EVALUATION_SCHEDULE_FIELDS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
-SCHEDULES_BY_EVALUATION = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 # how long a run is
 LENGTH_FIELDS = ("max_steps", "num_train_epochs", "attention_steps")
 # by what rates its weights move
@@ -72,15 +71,17 @@ def depends_on_evaluation(args: TrainingArguments) -> bool:
 
 def training_settings(args: TrainingArguments) -> dict[str, Any]:
     """The Trainer's arguments that decide the weights of the result, and the number of examples in a step."""
-    ignored = {*WATCHING_FIELDS, *COMPUTING_FIELDS, *BATCH_FIELDS}
+    ignored = {*WATCHING_FIELDS, *COMPUTING_FIELDS, *BATCH_FIELDS, *REFUSED}
     if depends_on_evaluation(args):
         ignored -= {*EVALUATION_SCHEDULE_FIELDS}
     if args.load_best_model_at_end:
         ignored -= {"save_strategy", "save_steps"}
-    if args.train_sampling_strategy in ORDERS_BY_BATCH:
+    if args.train_sampling_strategy in ORDERS_BY_BATCH or args.dataloader_drop_last:
         ignored -= {*BATCH_FIELDS}
     settings = {option.name: getattr(args, option.name) for option in fields(args) if option.init}
     settings = {name: value for name, value in settings.items() if name not in ignored}
+    if args.dataloader_drop_last:  # what is dropped at the end of an epoch shifts all that follows
+        settings["processes"] = args.world_size
     return settings | {EXAMPLES_OF_A_STEP: examples_of_a_step(args)}
 
 
@@ -104,9 +105,8 @@ def examples_hash(examples: Dataset | IterableDataset | None) -> str | None:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Distinguishes tokenizers by their rules; padding and truncation, which calls change, do not count."""
-    rules = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
+    """Distinguishes tokenizers by their rules."""
+    return hashlib.sha256(json.dumps(tokenizer_rules(tokenizer), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_settings(

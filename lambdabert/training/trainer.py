@@ -13,13 +13,16 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, align_special_tokens
 
-from lambdabert.text.masks import IGNORED_LABEL
+from lambdabert.text.examples import list_lengths
+from lambdabert.text.masks import IGNORED_LABEL, MaskingCollator
+from lambdabert.training.batches import SimilarLengths
 from lambdabert.training.callbacks import LogEnd, OwnSchedule, StopTogether
 from lambdabert.training.checkpoints import (
     CheckpointError,
@@ -29,9 +32,10 @@ from lambdabert.training.checkpoints import (
     reading,
     writing,
 )
-from lambdabert.training.epochs import EndlessStream, EpochMasks, MasksByEpoch
+from lambdabert.training.epochs import EndlessStream, EpochMasks
 from lambdabert.training.metrics import example_sums, logits_of, mlm_logits, pretraining_metrics
 from lambdabert.training.models import non_finite_weights
+from lambdabert.training.option_rules import SCHEDULES_BY_EVALUATION
 from lambdabert.training.resuming import (
     check_config,
     check_optimizer,
@@ -39,7 +43,6 @@ from lambdabert.training.resuming import (
     check_schedule,
     check_weights,
 )
-from lambdabert.training.settings import SCHEDULES_BY_EVALUATION
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +59,8 @@ class InterruptibleTrainer(Trainer):
         self,
         *,
         train_dataset: datasets.Dataset | datasets.IterableDataset | None,
-        data_collator: MasksByEpoch,
-        eval_collator: MasksByEpoch,
+        data_collator: MaskingCollator,
+        eval_collator: MaskingCollator,
         **kwargs: Any,
     ):
         streamed = isinstance(train_dataset, datasets.IterableDataset)
@@ -77,6 +80,7 @@ class InterruptibleTrainer(Trainer):
         self.add_callback(LogEnd())
         if not streamed:
             self.add_callback(EpochMasks(data_collator))
+        self.saved_step = 0  # of the last checkpoint that this process wrote
         # wall-clock time of this run: `seconds` so far when `clock` was read
         self.seconds, self.clock = 0.0, time.monotonic()
 
@@ -109,7 +113,13 @@ class InterruptibleTrainer(Trainer):
             self.add_callback(OwnSchedule(self, earlier or {}))
         self.start_clock(history)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.stop.ask_all()
+            is_saved = self.saved_step == self.state.global_step
+            # a signal in the last evaluation; the weights may be the best's by now, which have a checkpoint
+            if self.stop.stopping and not is_saved and not self.args.load_best_model_at_end:
+                self._save_checkpoint(self.model_wrapped, None)
+            return result
         finally:
             self.stop.restore()
 
@@ -197,6 +207,27 @@ class InterruptibleTrainer(Trainer):
         self.diverged |= ~loss.isfinite()
         return loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(dataset, datasets.Dataset):
+            return super()._get_train_sampler(train_dataset)
+        # a step's examples, however they are split
+        return self.similar_lengths(dataset, self.args.gradient_accumulation_steps * self.args.world_size)
+
+    def similar_lengths(self, dataset: Any, batches: int = 1) -> SimilarLengths:
+        """An order in which as many examples as there are in `batches` of a device are of similar length."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = torch.tensor(list_lengths(dataset, "input_ids"))
+        return SimilarLengths(lengths, self._train_batch_size * batches, seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            # the loader of a run that is resumed by several processes tells the epoch to this attribute alone
+            shard.sampler = getattr(shard.batch_sampler, "sampler", shard.batch_sampler)
+        return loader
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         # an incomplete batch counts, whatever training does with one
@@ -236,7 +267,7 @@ class InterruptibleTrainer(Trainer):
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """Whether to save under save_strategy="best": a run that a signal ends saves its last step in any case."""
-        return super()._determine_best_metric(*args, **kwargs) or self.stop.received is not None
+        return super()._determine_best_metric(*args, **kwargs) or self.stop.stopping
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -254,6 +285,7 @@ class InterruptibleTrainer(Trainer):
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        self.saved_step = self.state.global_step
 
 
 class PretrainingTrainer(InterruptibleTrainer):

@@ -194,6 +194,17 @@ def test_dry_run_takes_a_step_of_each_stage_and_writes_nothing(text, teachers, t
         assert said in printed
 
 
+def test_the_seed_decides_the_fresh_weights(text, teachers, tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        recipe = write_recipe(tmp_path / "run.json", text, teachers / "plain", seed=seed)
+        run = distill_from_bert.Distillation(*parse_arguments([recipe], ARGUMENT_GROUPS))
+        run.prepare()
+        weights.append(run.model.encoder.layer[0].attention.self.to_keys.weight)
+    first, again, other = weights
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 def test_recipe_is_complete(text, sentence_teacher, tmp_path):
     """configs/minilm.json with its own options, on small local text with a small teacher."""
     values = json.loads((ROOT / "configs" / "minilm.json").read_text())

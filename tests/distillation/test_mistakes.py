@@ -104,6 +104,14 @@ class TestMistakes:
         assert named in self.complaint(capfd, tmp_path, text, teacher, **options)
         assert not read or set(values) & self.AFTER_READING
 
+    def test_a_first_stage_longer_than_the_epochs(self, capfd, tmp_path, text, teachers):
+        epochs = {"max_steps": None, "num_train_epochs": 2}
+        recipe = write_recipe(tmp_path / "run.json", text, teachers / "classifier", attention_steps=31, **epochs)
+        assert distill_from_bert.main([recipe]) == 1
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "attention_steps=31 exceeds the 30 steps of num_train_epochs=2" in lines[0]
+        assert not list((tmp_path / "run").iterdir())
+
     @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
     @pytest.mark.parametrize("content", ["", "[1]", '{"model_type": "bert", "hidden_size": "wide", "model": 5}'])
     def test_broken_files(self, capfd, tmp_path, text, teachers, name, content):

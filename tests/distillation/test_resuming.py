@@ -19,6 +19,7 @@ from distillation_support import distil, distilled, write_recipe
 from training_support import (
     assert_same_weights,
     finish,
+    start_distributed,
     tiny_bert,
     wait_for,
 )
@@ -45,6 +46,20 @@ class TestInterruption:
         assert finish(distil(recipe, log)) == [0], log.read_text()
         assert_same_weights(finished[0], tmp_path / "run")
 
+    def test_two_processes_go_on_in_the_order_of_a_later_epoch(self, text, teachers, tmp_path):
+        for name in ("whole", "resumed"):
+            recipe = write_recipe(tmp_path / f"{name}.json", text, teachers / "classifier", max_train_samples=88)
+            if name == "resumed":
+                (tmp_path / name).mkdir()
+                shutil.copy(tmp_path / "whole" / "run_settings.json", tmp_path / name)
+                shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / name / "checkpoint-8")
+            log = tmp_path / f"{name}.log"
+            assert finish(*start_distributed([recipe], log, command=distill_from_bert.main)) == [0, 0], log.read_text()
+        epoch = json.loads((tmp_path / "whole" / "checkpoint-8" / "trainer_state.json").read_text())["epoch"]
+        assert 1 < epoch < 2, "the checkpoint is within the second epoch"
+        assert "Resuming from" in log.read_text()
+        assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
+
     def test_finished_sentence_teacher_started_again_trains_nothing(self, text, sentence_teacher, tmp_path):
         output_dir, _ = distilled(tmp_path, text, sentence_teacher, max_steps=4, eval_steps=2)
         before = load_file(output_dir / "model.safetensors")
@@ -57,7 +72,7 @@ class TestInterruption:
         "change", [{"classes_weight": 0.5}, {"examples": "stretches"}, {"max_position_embeddings": 50}, {"seed": 7}]
     )
     def test_another_run_is_refused(self, text, teachers, finished, capfd, tmp_path, change):
-        output_dir = finished[0]
+        output_dir = shutil.copytree(finished[0], tmp_path / "run")
         before = {file: file.read_bytes() for file in output_dir.rglob("*") if file.is_file()}
         recipe = write_recipe(
             tmp_path / "again.json", text, teachers / "classifier", output_dir=str(output_dir), **change
@@ -73,7 +88,8 @@ class TestInterruption:
         bert = tiny_bert(BertForSequenceClassification, seed=5, vocab_size=200, id2label=labels)
         bert.save_pretrained(other)
         AutoTokenizer.from_pretrained(text / "tokenizer").save_pretrained(other)
-        recipe = write_recipe(tmp_path / "again.json", text, other, output_dir=str(finished[0]))
+        output_dir = shutil.copytree(finished[0], tmp_path / "run")
+        recipe = write_recipe(tmp_path / "again.json", text, other, output_dir=str(output_dir))
         assert distill_from_bert.main([recipe]) == 1
         assert "belongs to another run" in capfd.readouterr().err
 

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from distill_from_bert import DistillationDataArguments
-from lambdabert.distillation.batches import SimilarLengths
 from lambdabert.distillation.losses import ITEM_OF_LOSS, count_items, divergence, loss_sums, squared_errors
 from lambdabert.distillation.stages import attention_outputs, steps_of_first_stage, two_schedules
 from lambdabert.distillation.teacher import LossWeights, Teacher
 from lambdabert.distillation.trainer import DistillationTrainer
 from lambdabert.text.masks import masking_collator
 from lambdabert.training.arguments import RunArguments
+from lambdabert.training.batches import SimilarLengths
 from lambdabert.training.checkpoints import CheckpointError
 from modeling_lambdabert import (
     LambdaBertForMaskedLM,
@@ -557,6 +557,26 @@ class TestStages:
             bert(ids)
         bert(ids)
         assert len(outputs) == bert.config.num_hidden_layers
+
+
+def test_batch_that_was_found_to_fit_decides_the_order(make_trainer, monkeypatch):
+    """As it does in a run that begins with it, such as one that is resumed."""
+    seen, training_step = [], DistillationTrainer.training_step
+
+    def small_memory(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        seen[-1].append(inputs["attention_mask"].sum(1).tolist())
+        return training_step(self, model, inputs, *args)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", small_memory)
+    for batch, found in ((2, False), (8, True)):
+        seen.append([])
+        bert = tiny_bert()
+        student = LambdaBertModel.from_bert(bert, **SETTINGS)
+        given = {"per_device_train_batch_size": batch, "auto_find_batch_size": found, "max_steps": 4}
+        make_trainer(Teacher(bert), student, LossWeights(layers=1), **given).train()
+    assert seen[0] == seen[1] and len(seen[0]) == 4
 
 
 def test_data_seed_decides_the_order(make_trainer):

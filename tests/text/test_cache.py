@@ -73,13 +73,15 @@ def test_workers_end_with_the_process_that_prepares(tmp_path, tokenizer, monkeyp
             prepare(tmp_path, random_documents(), tokenizer, preprocessing_num_workers=2)
         finally:
             os._exit(1)
-    while len(list(tmp_path.glob("worker-*"))) < 2:
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("worker-*"))) < 2 and time.monotonic() < deadline:
         assert os.waitpid(process, os.WNOHANG) == (0, 0), "it ended before its workers began"
         time.sleep(0.05)
     workers = psutil.Process(process).children(recursive=True)
-    assert len(workers) >= 2
     os.kill(process, number)
     os.waitpid(process, 0)
+    assert len(list(tmp_path.glob("worker-*"))) == 2, "its workers did not begin in time"
+    assert len(workers) >= 2
     deadline = time.monotonic() + 60
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -22,6 +22,8 @@ from text_support import (
     warnings_in,
 )
 
+STREAM = {"objective": "mlm", "streaming": True}
+
 
 @pytest.mark.parametrize("objective", ["nsp", "sop"])
 def test_pairs_depend_on_the_seed_but_not_on_workers_or_batches(tmp_path, tokenizer, objective, monkeypatch):
@@ -35,6 +37,15 @@ def test_pairs_depend_on_the_seed_but_not_on_workers_or_batches(tmp_path, tokeni
     reseeded, _ = prepare(tmp_path / "c", documents, tokenizer, objective=objective, seed=2)
     assert alone.to_dict() == together.to_dict() == in_small_batches.to_dict()
     assert alone.to_dict() != reseeded.to_dict()
+
+
+def test_the_order_of_a_stream_depends_on_the_seed(tmp_path, tokenizer):
+    documents = random_documents()
+    first, again, other = (
+        [row["input_ids"] for row in prepare(tmp_path, documents, tokenizer, seed=seed, **STREAM)[0]]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other and sorted(first) == sorted(other)
 
 
 def test_summary_counts_what_is_there(tmp_path, tokenizer):

@@ -89,6 +89,29 @@ def test_text_becomes_what_a_tokenizer_that_sees_blanks_makes_of_it(tmp_path, ki
     assert ids(SENTENCES) == tokenizer(sentences)["input_ids"]
 
 
+@pytest.mark.parametrize("own_blank", [False, True])
+def test_the_first_sentence_of_a_document_is_not_known_by_its_missing_blank(tmp_path, own_blank):
+    """It tells whether a pair is in order. Here all sentences are the same."""
+    sentence = "The sea is wide."
+    backend = Tokenizer(models.BPE(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=own_blank)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [sentence], trainers.BpeTrainer(special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.post_processor = template("[CLS] $A [SEP] $B:1 [SEP]:1")
+    names = ["input_ids", "token_type_ids"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **NAMES)
+    file = write(tmp_path / "text.jsonl", json_lines([{"text": "\n".join([sentence] * 6)}] * 2))
+    arguments = data_arguments(tmp_path, train_file=file, objective="sop", max_seq_length=64)
+    documents = load_corpus(arguments, evaluate=False)["train"]
+    examples, _ = prepare_examples(documents, tokenizer, arguments.example_recipe(), seed=1, training=True)
+    unit = tokenizer(f" {sentence}" if not own_blank else sentence, add_special_tokens=False)["input_ids"]
+    for ids in examples["input_ids"]:
+        tokens = [token for token in ids if token not in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+        assert tokens == unit * (len(tokens) // len(unit))
+
+
 def test_whole_words_need_a_tokenizer_that_marks_word_parts(tokenizer):
     backend = Tokenizer(
         models.WordLevel({token: number for number, token in enumerate(SPECIAL_TOKENS)}, unk_token="[UNK]")

@@ -101,6 +101,20 @@ def test_goes_on_with_another_number_of_processes(text, one_process, tmp_path):
     assert_equal_to_rounding(one_process[0], weights)
 
 
+@pytest.mark.parametrize("strategy, processes", [("group_by_length", 1), ("batch_rebalance", 2)])
+def test_processes_go_on_in_the_order_of_a_later_epoch(text, tmp_path, strategy, processes):
+    values = {"train_sampling_strategy": strategy, "data_seed": 3 if strategy == "group_by_length" else None}
+    whole, _ = run(text, tmp_path / "whole", processes, per_device_train_batch_size=4 // processes, **values)
+    epoch = json.loads((tmp_path / "whole" / "checkpoint-8" / "trainer_state.json").read_text())["epoch"]
+    assert 1 < epoch < 2, "the checkpoint is within the second epoch"
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "whole" / "run_settings.json", tmp_path / "run")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    resumed, printed = run(text, tmp_path / "run", processes=2, per_device_train_batch_size=2, **values)
+    assert "checkpoint-8, step 8 of 12" in printed
+    assert_equal_to_rounding(whole, resumed)
+
+
 def test_loss_that_is_not_finite_in_one_process_stops_all(text, tmp_path, monkeypatch):
     """With one line; the checkpoint before it stays."""
     compute_loss = PretrainingTrainer.compute_loss

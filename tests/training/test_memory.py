@@ -8,16 +8,18 @@ import run_language_modeling
 from lambdabert.training import run
 from training_support import recipe_for
 
-# pages cleared for the last of several arrays of 64 MB, each freed before the next: before the call, and after it
+# pages cleared for ten arrays of 40 MB, each freed before the next: before the call, and after it (one array is 20
+# pages if they are huge)
 COUNT = """
 import resource
 import torch
 from lambdabert.training.memory import keep_freed_memory
 
 def cleared():
-    for _ in range(6):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        array = torch.ones(2**24)
+    for i in range(12):
+        if i == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        array = torch.ones(10**7)
         del array
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 

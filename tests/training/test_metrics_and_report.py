@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 from transformers import Trainer, TrainerState
 
@@ -120,11 +121,27 @@ def test_card_names_the_configuration_of_a_data_set():
     assert "| source | a.txt |" in describe_data(DataArguments(train_file=["folder/a.txt"]), {})
 
 
-def test_curves_are_drawn_from_the_log(tmp_path):
+def test_curves_are_drawn_from_the_log(tmp_path, monkeypatch):
     history = [
-        {"step": 1, "seconds": 10.0, "mlm_loss": 5.0},
-        {"step": 2, "seconds": 20.0, "eval_mlm_loss": 4.0},
+        {"step": 1, "seconds": 60.0, "mlm_loss": 5.0},
+        {"step": 2, "seconds": 120.0, "mlm_loss": 3.0},
+        {"step": 2, "seconds": 180.0, "eval_mlm_loss": 4.0},
     ]
+    figures, savefig = [], Figure.savefig
+
+    def saved(figure, file, **settings):
+        figures.append(figure)
+        savefig(figure, file, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
     plot_curves(history, tmp_path / "curves.png")
     plot_curves([{"step": 1, "seconds": 1.0}], tmp_path / "nothing.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"] and len(figures) == 1
+    drawn = {
+        axes.get_xlabel(): {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+        for axes in figures[0].axes
+    }
+    assert drawn == {
+        "steps": {"training": [[1, 5], [2, 3]], "validation": [[2, 4]]},
+        "time (minutes)": {"training": [[1, 5], [2, 3]], "validation": [[3, 4]]},
+    }

@@ -172,6 +172,15 @@ class TestMistakes:
             ("--do_train false --do_eval --dupe_factor 2", "dupe_factor=2 has no effect: it needs --do_train"),
             ("--do_train false --do_eval --push_to_hub", "push_to_hub=True has no effect: it needs --do_train"),
             ("--streaming --data_seed 2", "data_seed=2 has no effect"),
+            ("--train_sampling_strategy sequential --data_seed 2", "data_seed=2 has no effect: it needs an order"),
+            (
+                "--do_train false --do_eval --validation_file v.txt --corpus python-docs",
+                "corpus=python-docs has no effect: it needs --do_train, since validation_file",
+            ),
+            (
+                '--accelerator_config {"split_batches":true}',
+                'accelerator_config={"split_batches":true} cannot be used',
+            ),
         ],
     )
     def test_options(self, capfd, tmp_path, text, prepared, flags, named):

@@ -81,7 +81,7 @@ def evaluation(text, source, output_dir, **values):
         output_dir.with_suffix(".json"),
         model_name_or_path=str(source),
         output_dir=str(output_dir),
-        **alone | sources(text, tokenizer_name=None) | values,
+        **alone | sources(text, tokenizer_name=None, train_file=None) | values,
     )
 
 
@@ -169,6 +169,25 @@ def test_new_model_starts_at_the_frequencies_of_the_text(text, tmp_path, streami
     predicted = head(torch.randn(1, 1, run.model.config.hidden_size)).softmax(-1)[0, 0]
     expected = torch.ones_like(predicted) + torch.bincount(torch.tensor(words), minlength=len(predicted))
     torch.testing.assert_close(predicted, expected / expected.sum())
+
+
+def test_the_seed_decides_weights_masks_and_held_out_documents(text, tmp_path):
+    def prepared(seed):
+        values = dict(validation_file=None, validation_split_percentage=25.0, objective="mlm", seed=seed)
+        recipe = write_recipe(tmp_path / "recipe.json", **sources(text, output_dir=str(tmp_path / "run"), **values))
+        run = run_language_modeling.Pretraining(*parse_arguments([recipe]))
+        run.prepare()
+        return run
+
+    runs = [prepared(seed) for seed in (1, 1, 2)]
+    rows = list(runs[0].examples["train"])[:8]
+    found = {
+        "weights": [run.model.bert.encoder.layer[0].attention.self.to_values.weight.tolist() for run in runs],
+        "masks": [run.collator(training=True)(rows)["labels"].tolist() for run in runs],
+        "held out": [list(run.examples["validation"]["input_ids"]) for run in runs],
+    }
+    for what, (first, again, other) in found.items():
+        assert first == again != other, what
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)

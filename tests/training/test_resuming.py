@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, modeling_utils
 
 import run_language_modeling
 from lambdabert.training import rehearsal
+from lambdabert.training.arguments import RunArguments
 from lambdabert.training.checkpoints import is_complete, last_complete_checkpoint
-from lambdabert.training.settings import examples_hash
+from lambdabert.training.settings import examples_hash, training_settings
 from lambdabert.training.trainer import PretrainingTrainer
 from training_support import (
     RECIPE,
@@ -43,10 +44,10 @@ TIMES = re.compile("time|per_second")
 def test_killed_twice_ends_with_the_weights_of_an_uninterrupted_run(text, finished, tmp_path):
     output_dir, log = tmp_path / "run", tmp_path / "log"
     recipe = recipe_for(text, output_dir)
-    between = start_command([recipe], log)
+    between = start_command([recipe], tmp_path / "first log")
     wait_for(output_dir / "checkpoint-4" / "trainer_state.json", between)
     os.kill(between, signal.SIGKILL)
-    during = start_command([recipe], log)
+    during = start_command([recipe], tmp_path / "second log")
     wait_for(output_dir / "checkpoint-8", during)
     os.kill(during, signal.SIGKILL)
     assert finish(between, during) == [-signal.SIGKILL] * 2
@@ -114,16 +115,44 @@ def test_batch_that_was_found_to_fit_is_recorded_and_resumed(text, tmp_path, mon
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
+def test_a_batch_that_was_found_to_fit_stays_when_there_is_less_memory(text, tmp_path, monkeypatch, capfd):
+    """Fewer examples a step would be another run."""
+    training_step, limit = PretrainingTrainer.training_step, [4]
+
+    def small_memory(self, model, inputs, *args):
+        if len(inputs["input_ids"]) > limit[0]:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if self.state.global_step == 5 and limit == [4]:
+            limit.append("killed")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, model, inputs, *args)
+
+    monkeypatch.setattr(PretrainingTrainer, "training_step", small_memory)
+    recipe = recipe_for(text, tmp_path / "run", auto_find_batch_size=True, per_device_train_batch_size=5)
+    assert run_language_modeling.main([recipe]) == 128 + signal.SIGTERM
+    before = contents(tmp_path / "run")
+    limit[:] = [2]
+    message = complaint(recipe, capfd)
+    assert "per_device_train_batch_size=4" in message and "does not fit into memory now" in message
+    assert contents(tmp_path / "run").keys() == before.keys()
+    limit[0] = 8
+    assert run_language_modeling.main([recipe]) == 0
+    step = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+    assert json.loads((tmp_path / "run" / "run_settings.json").read_text())["training"][step] == 8
+
+
 def test_an_attempt_that_ran_out_of_memory_leaves_nothing(text, tmp_path, monkeypatch):
-    """Neither weights nor what the optimizer has seen."""
+    """Neither weights, nor what the optimizer has seen, nor a checkpoint."""
     training_step, weights = PretrainingTrainer.training_step, []
-    values = dict(auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=6, save_strategy="no")
-    values |= dict(save_steps=None, config_overrides=RECIPE["config_overrides"] | {"hidden_dropout_prob": 0.0})
+    values = dict(auto_find_batch_size=True, per_device_train_batch_size=8, max_steps=6, save_steps=2)
+    values |= dict(config_overrides=RECIPE["config_overrides"] | {"hidden_dropout_prob": 0.0})
     for fails_after in (0, 3):
 
         def small_memory(self, model, inputs, *args):
             if len(inputs["input_ids"]) > 2 and self.state.global_step >= fails_after:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            if self.state.global_step == 0:
+                assert last_complete_checkpoint(self.args.output_dir) is None
             return training_step(self, model, inputs, *args)
 
         monkeypatch.setattr(PretrainingTrainer, "training_step", small_memory)
@@ -135,12 +164,15 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing(text, tmp_path, monkey
 
 @pytest.mark.parametrize("strategy", ["epoch", "best"])
 def test_a_signal_saves_its_step_and_evaluates_nothing_more(text, tmp_path, monkeypatch, strategy):
-    """Neither at the end of the epoch that it cuts off, nor only if the step's model is better than all before."""
+    """Neither at the end of the epoch that it cuts off, nor only if the step's model is better than all before.
+
+    It goes on elsewhere: the best checkpoint before the signal is that of the folder, wherever it is.
+    """
     schedule = {"epoch": {"eval_strategy": "epoch", "eval_steps": None}, "best": {"eval_steps": 2}}[strategy]
     schedule |= {"save_strategy": strategy, "save_steps": None, "load_best_model_at_end": True, "max_steps": 10}
     # which stays the same, so that none is better than the first
     schedule |= {"metric_for_best_model": "eval_tokens", "greater_is_better": True}
-    recipes = [recipe_for(text, tmp_path / name, **schedule) for name in ("whole", "killed")]
+    recipes = [recipe_for(text, tmp_path / name, **schedule) for name in ("whole", "killed", "moved")]
     assert run_language_modeling.main([recipes[0]]) == 0
     training_step, kill_at = PretrainingTrainer.training_step, [5 if strategy == "best" else 2]
 
@@ -156,15 +188,35 @@ def test_a_signal_saves_its_step_and_evaluates_nothing_more(text, tmp_path, monk
     assert last.name == ("checkpoint-6" if strategy == "best" else "checkpoint-3")
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     assert [logs["step"] for logs in history if "eval_loss" in logs] == ([2, 4, 6] if strategy == "best" else [])
-    assert run_language_modeling.main([recipes[1]]) == 0
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    assert run_language_modeling.main([recipes[2]]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_signal_in_the_last_evaluation_saves_the_step(text, finished, tmp_path, monkeypatch, caplog):
+    evaluate, seen = PretrainingTrainer.evaluate, []
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 12 and not seen:
+            seen.append("the last evaluation")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(PretrainingTrainer, "evaluate", killed)
+    recipe = recipe_for(text, tmp_path / "run", save_strategy="no", save_steps=None)
+    assert run_language_modeling.main([recipe]) == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM after step 12, with a checkpoint" in caplog.text
+    assert is_complete(tmp_path / "run" / "checkpoint-12") and not (tmp_path / "run" / "metrics.json").exists()
+    assert run_language_modeling.main([recipe]) == 0
+    assert_same_weights(finished, tmp_path / "run")
 
 
 def test_the_hub_is_given_the_whole_folder_at_the_end(text, tmp_path, monkeypatch):
-    pushed = []
+    pushed, ignored = [], []
 
     def upload(*, folder_path, **kwargs):
         pushed.append(contents(Path(folder_path)))
+        ignored.extend(kwargs["ignore_patterns"])
 
     monkeypatch.setattr(rehearsal, "check_hub", lambda args: None)
     name_it = lambda trainer, *args, **kwargs: setattr(trainer, "hub_model_id", "me/it")  # noqa: E731
@@ -174,6 +226,9 @@ def test_the_hub_is_given_the_whole_folder_at_the_end(text, tmp_path, monkeypatc
     assert run_language_modeling.main([recipe]) == 0
     (files,) = pushed
     assert {file.name for file in files} >= {"README.md", "metrics.json", "training_curves.png", "model.safetensors"}
+    assert "run_settings.json" in ignored, "it holds paths of this machine"
+    published = [content for file, (content, _) in files.items() if file.suffix in (".json", ".md")]
+    assert str(text).encode() not in b"".join(content for content in published if b'"reported"' not in content)
     card = hashlib.sha256(files[tmp_path / "run" / "README.md"][0]).hexdigest()
     assert json.loads((tmp_path / "run" / "run_settings.json").read_text())["card"] == card
 
@@ -244,12 +299,42 @@ def test_other_evaluation_text_of_a_finished_run_is_evaluated(text, finished, tm
     output_dir = tmp_path / "run"
     shutil.copytree(finished, output_dir)
     flags = ["--validation_file", write_text(tmp_path / "other.txt", documents=3, seed=9)]
-    losses = []
+    before, losses = contents(output_dir)[output_dir / "model.safetensors"], []
     for _ in range(2):
         assert run_language_modeling.main([recipe_for(text, output_dir), *flags]) == 0
         losses.append(json.loads((output_dir / "metrics.json").read_text())["eval"]["eval_mlm_loss"])
     assert losses[0] == losses[1] != json.loads((finished / "metrics.json").read_text())["eval"]["eval_mlm_loss"]
-    assert_same_weights(finished, output_dir)
+    assert contents(output_dir)[output_dir / "model.safetensors"] == before, "it was not written again"
+
+
+@pytest.mark.parametrize("validation", ["same", "other"])
+def test_a_result_that_was_changed_is_not_overwritten(text, finished, tmp_path, capfd, validation):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished, output_dir)
+    (output_dir / "config.json").write_text((output_dir / "config.json").read_text() + "\n")
+    (output_dir / "training_curves.png").unlink()
+    flags = []
+    if validation == "other":
+        flags = ["--validation_file", write_text(tmp_path / "other.txt", documents=3, seed=9)]
+    before = contents(output_dir)
+    message = complaint(recipe_for(text, output_dir), capfd, *flags)
+    assert "config.json changed since" in message and "training_curves" not in message
+    assert contents(output_dir) == before
+
+
+def test_a_split_counts_where_it_decides_what_a_step_sees(tmp_path, monkeypatch):
+    """What is dropped at the end of an epoch depends on the batch and on the number of processes."""
+
+    def settings(batch, accumulation, processes=1, **values):
+        monkeypatch.setattr(RunArguments, "world_size", processes)
+        split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        return training_settings(RunArguments(output_dir=str(tmp_path), use_cpu=True, **split, **values))
+
+    for strategy in ("random", "group_by_length"):
+        one, *others = (settings(*split, train_sampling_strategy=strategy) for split in ((4, 2), (2, 4), (2, 2, 2)))
+        assert all(other == one for other in others)
+    one, *others = (settings(*split, dataloader_drop_last=True) for split in ((4, 2), (2, 4), (4, 1, 2)))
+    assert all(other != one for other in others)
 
 
 class Attack:
