@@ -1054,10 +1054,11 @@ class TestPacking:
 class TestSeveralDevices:
     """Spread over devices as by `device_map`; the second is the meta device, which refuses tensors of another."""
 
+    @pytest.mark.parametrize("scope", SCOPES)
     @pytest.mark.parametrize("pooling", ["cls", "sep"])
     @pytest.mark.parametrize("holes", [False, True])
-    def test_layers_on_two(self, make_config, make_inputs, pooling, holes):
-        config = make_config(repetition_context_size=3, classifier_pooling=pooling)
+    def test_layers_on_two(self, make_config, make_inputs, scope, pooling, holes):
+        config = make_config(local_context_size=scope, repetition_context_size=3, classifier_pooling=pooling)
         model, inputs = build(LambdaBertModel, config).eval(), make_inputs(LambdaBertModel, config)
         if holes:
             inputs["attention_mask"][1, 5:] = 0
